@@ -301,6 +301,7 @@ class Train(Stage):
         from pretrain.core.processors import unit_of
         from pretrain.stages import _training_data as data
         from pretrain.surgery import Inputs, operate
+        from pretrain.training.measuring import course
         from pretrain.training.pace import shortened, times
 
         model, processor = data.open_model(self, job)
@@ -319,10 +320,10 @@ class Train(Stage):
             self._write(job, training, spent, processor, splits)
         for odd in filter(None, (training.guard.summary(training.step), shortened(training))):
             job.say(f"warning: {odd}")
-        bits = training.metrics.get("bits_per_byte")
-        likelihood = f", {bits:.3f} bits per byte of validation text" if bits else ""
-        job.say(f"{figure(spent['tokens'])} {unit_of(processor)}, {short(spent['flops'])} FLOPs{likelihood}")
-        job.say(times(training))
+        likely = f", {b:.3f} bits per byte of validation text" if (b := training.metrics.get("bits_per_byte")) else ""
+        used = f"{figure(spent['tokens'])} {unit_of(processor)}, {short(spent['flops'])} FLOPs{likely}"
+        for line in (used, times(training), *course(training)):
+            job.say(line)
         result: StageResult = {"metrics": training.metrics | spent, "flops": int(spent["flops"])}
         if job.plan is not None:
             result["planned"] = planned(job.plan, self.budget, training.spent["flops"])

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from statistics import median
 
+from pretrain.core.files import read_json_lines
 from pretrain.core.hardware import autocast
 from pretrain.core.quick.quantities import duration
 from pretrain.training.averages import averaged
@@ -20,6 +22,11 @@ from pretrain.training.log import Log, diverged
 from pretrain.training.running import Step, Trainee, Training
 
 Evaluate = Callable[[Trainee], dict[str, float]]
+FEWEST, LATE = 8, 3  # measurements that tell noise from a course; of these the end, at least
+# A loss has risen where the middle of its end lies above the lowest before by so much of that, and by so many of what
+# it usually lies beside the middle of its neighbours. Of 4,000 courses of noise alone 1.1% were taken for such of 20
+# measurements each, 1.8% of 8; of those that fell first at most 0.1%.
+RISE, SWINGS = 0.01, 6.0
 
 
 class Measuring:
@@ -96,3 +103,42 @@ class Measuring:
         self.log.write("evaluation", evaluation, 0)
         if training.progress >= 1 and training.guard.in_row and not all(map(math.isfinite, metrics.values())):
             raise diverged(training, "the last steps were skipped and its metrics are not finite", record)
+
+
+def course(training: Training) -> Iterator[str]:
+    """What the held-out measurements of a training that has ended say: which weights were kept, that a loss has risen.
+
+    They are those of its log, so that the parts before an interrupt count too; of the first process alone.
+    """
+    log = training.folder / "log.jsonl"
+    if not training.world.main or not log.exists():
+        return
+    rows = [row for row in read_json_lines(log) if row.get("event") == "evaluation"]
+    keeping = next((policy for policy in training.policies if policy.name == "keep_best"), None)
+    if keeping is not None and "best_step" in training.metrics:
+        metric, step = str(getattr(keeping, "metric", "loss")), training.metrics["best_step"]
+        ended = ", which ended there for want of a better one (patience)" if training.enough else ""
+        yield (
+            f"kept the weights of step {step:,.0f} of {training.step:,}{ended}: the best {metric} of {len(rows):,} "
+            f"measurements, {training.metrics[metric]:.4g}"
+        )
+    points = [(int(row["step"]), float(row["metrics"].get("loss", math.nan))) for row in rows]
+    points = [(step, loss) for step, loss in points if math.isfinite(loss)]
+    end = risen([loss for _, loss in points])
+    if end is None:
+        return
+    step, least = min(points, key=lambda point: point[1])
+    rose = f"the validation loss was best at step {step:,} of {training.step:,} ({least:.4g}), and rose to {end:.4g}"
+    less = f"try a budget of about {max(step / training.step, 0.01):.0%} of this one, or more documents"
+    keep = "" if keeping is not None else "policies: [keep_best] keeps the best weights; "
+    yield f"{'warning: ' if keep else ''}{rose}: {keep}{less}"
+
+
+def risen(losses: Sequence[float]) -> float | None:
+    """Where the end of a loss lies, its last fifth, if that is higher than the lowest before by more than noise."""
+    if len(losses) < FEWEST:
+        return None
+    late = max(LATE, len(losses) // 5)
+    end, least = median(losses[-late:]), min(losses[:-late])
+    swing = median(abs(b - (a + c) / 2) for a, b, c in zip(losses, losses[1:], losses[2:], strict=False))
+    return end if end - least > max(RISE * abs(least), SWINGS * swing) else None
