@@ -294,7 +294,7 @@ def test_a_split_seed_moves_the_address_and_what_the_dry_run_sees_and_zero_neith
             read(stage.sources[0], Skipped()), tmp_path / f"c{stage.split_seed}", validation=0.2,
             split_seed=stage.split_seed, near_duplicates=None,
         )  # fmt: skip
-        seen = stage._looked(1e4)
+        seen = stage._looked([1e4])
         assert seen.documents == info["documents"] and seen.bytes == info["bytes"]
     counts = [Corpus(tmp_path / f"c{seed}").info["documents"] for seed in (0, 7)]
     assert counts[0] != counts[1]

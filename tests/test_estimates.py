@@ -42,9 +42,9 @@ from pretrain.stages._estimates import (
     letters,
     resident,
     training_seconds,
-    uneven,
     windowed,
 )
+from pretrain.stages.corpora.estimate import uneven
 from pretrain.stages.evaluate import Evaluate, documents_of, measure
 from pretrain.training.budget import Budget, least_seconds
 

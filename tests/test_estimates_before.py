@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
 from pathlib import Path
@@ -19,8 +20,9 @@ from pretrain.forecast import forecast, warnings
 from pretrain.identity import plan
 from pretrain.recipe import Recipe, load
 from pretrain.stages import _examples
-from pretrain.stages._estimates import corpus_estimate
-from pretrain.stages._examples import Looked
+from pretrain.stages.corpora import look
+from pretrain.stages.corpora.estimate import corpus_estimate
+from pretrain.stages.corpora.look import Looked
 from pretrain.stages.data import LOOKED, build_source
 
 EVALUATION = {
@@ -89,15 +91,65 @@ def test_of_more_than_there_is_time_for_a_part_is_taken_for_all(tmp_path, storie
     recipe = recipe_of(tmp_path, [each for text in texts for each in (text, text)])
     whole = estimates(recipe)["corpus"]
     LOOKED.clear()
-    clock = iter(range(10**6))
-    monkeypatch.setattr(glance, "LEAST", 1)
-    monkeypatch.setattr(glance, "LEAST_BYTES", 1)
-    monkeypatch.setattr(glance, "LONGER", 1)
-    monkeypatch.setattr(glance.time, "process_time", lambda: next(clock) * _examples.READ / 50)  # fifty documents
+    hurried(monkeypatch, 50)
     part = estimates(recipe)["corpus"]
     assert part.left.bytes["train"] == pytest.approx(whole.left.bytes["train"], rel=0.35)
-    assert sum(part.left.bytes.values()) < 0.6 * sum(len(text.encode()) for text in texts) * 2
-    assert "a look at its sources, of which copies are 5" in whole.basis and "a look at the first" in part.basis
+    assert sum(part.left.bytes.values()) < 0.7 * sum(len(text.encode()) for text in texts) * 2
+    assert "a look at its sources, of which copies are 5" in whole.basis
+    assert "of its sources, from all over them, of which copies are" in part.basis
+
+
+def hurried(monkeypatch, documents: int) -> None:
+    """Let looks have time for so many documents."""
+    clock = iter(range(10**6))
+    for name in ("LEAST", "LEAST_BYTES", "LONGER"):
+        monkeypatch.setattr(glance, name, 1)
+    monkeypatch.setattr(glance.time, "process_time", lambda: next(clock) * look.READ / documents)
+
+
+def test_a_look_at_a_part_goes_over_all_files_and_sources_alike(tmp_path, monkeypatch):
+    """Of 200 files the first third is long and the rest short; the second source is as large and of one text."""
+    for number in range(200):
+        path = tmp_path / "a" / f"{number:03}.txt"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"{number} long\n" * 400 if number < 67 else f"{number} short\n" * 100)
+        (tmp_path / "b").mkdir(exist_ok=True)
+        (tmp_path / "b" / path.name).write_text("the same " * 200)
+    sources = [build_source(str(tmp_path / name)) for name in "ab"]
+    sizes = [source.size().bytes for source in sources]
+    given = (10**6, (0.0, 0.0), None, None, 0, sizes)
+    whole = look.looked(sources, *given)
+    hurried(monkeypatch, 120)
+    part = look.looked(sources, *given)
+    assert whole.whole and not part.whole and part.alike and part.given < 0.4 * sum(sizes)
+    assert part.kept == pytest.approx(whole.kept, rel=0.1)
+    share = [sum(size > 2000 for size in each.sizes["train"]) / len(each.sizes["train"]) for each in (whole, part)]
+    assert share[0] == pytest.approx(67 / 201, rel=0.05) and share[1] == pytest.approx(share[0], rel=0.4)
+
+
+def test_copies_that_lie_far_apart_are_seen_in_a_part(tmp_path, monkeypatch):
+    texts = [f"{number} words " * (300 + number) for number in range(70)]
+    for place, folder in enumerate("ab"):
+        (tmp_path / folder).mkdir()
+        for number, text in enumerate(texts):
+            (tmp_path / folder / f"{number}.txt").write_text(
+                text + "." * 9 * (place * (number % 2))
+            )  # a half are copies
+    source = build_source(str(tmp_path))
+    hurried(monkeypatch, 40)
+    part = look.looked([source], 10**6, (0.0, 0.0), None, None, 0, [source.size().bytes])
+    copied = sum(len(text.encode()) for text in texts[::2]) / source.size().bytes
+    assert not part.whole and 1 - part.kept == pytest.approx(copied, rel=0.4)
+
+
+def test_of_tables_whose_rows_nobody_has_counted_a_look_tells_how_many_there_are(tmp_path, monkeypatch):
+    rows = [json.dumps({"text": f"{number} " + "words " * 60}) for number in range(4000)]
+    (tmp_path / "t.jsonl").write_text("\n".join(rows))
+    (tmp_path / "r.yaml").write_text(f"stages:\n- {{stage: data, name: corpus, sources: ['{tmp_path}/t.jsonl']}}\n")
+    hurried(monkeypatch, 1000)
+    corpus = estimates(load(tmp_path / "r.yaml", [], tmp_path / "run"))["corpus"]
+    assert "a look at the first 2" in corpus.basis
+    assert sum(corpus.left.documents.values()) == pytest.approx(4000, rel=0.05)
 
 
 def small(folder: Path, stories, copies: int) -> Recipe:
@@ -120,7 +172,7 @@ def test_whatever_else_a_machine_does_enough_is_looked_at_to_tell_of_the_rest(tm
     for clock in clocks:
         monkeypatch.setattr(glance.time, clock, lambda: float(next(hours)))
     part = estimates(recipe)["corpus"]
-    assert "a look at its sources" in whole.basis and "a look at the first 2" in part.basis
+    assert "a look at its sources" in whole.basis and "a look at 2" in part.basis
     assert part.disk_bytes == pytest.approx(whole.disk_bytes, rel=0.3)
     assert part.left.bytes["train"] == pytest.approx(whole.left.bytes["train"], rel=0.1)
 
@@ -128,13 +180,13 @@ def test_whatever_else_a_machine_does_enough_is_looked_at_to_tell_of_the_rest(tm
 def test_a_look_that_others_make_slower_is_no_shorter(tmp_path, stories, monkeypatch):
     recipe, clock = small(tmp_path, stories, 200), iter(range(10**6))
     monkeypatch.setattr(glance.time, "process_time", lambda: 0.0)
-    monkeypatch.setattr(glance.time, "perf_counter", lambda: next(clock) * _examples.READ / 100)
+    monkeypatch.setattr(glance.time, "perf_counter", lambda: next(clock) * look.READ / 100)
     assert "a look at its sources" in estimates(recipe)["corpus"].basis
 
 
 def test_of_less_than_can_tell_of_the_rest_no_disk_is_foretold(tmp_path, stories, monkeypatch):
     recipe = small(tmp_path, stories, 300)
-    really = _examples._documents
+    really = look._documents
 
     def broken(*given):
         for number, document in enumerate(really(*given)):
@@ -142,7 +194,7 @@ def test_of_less_than_can_tell_of_the_rest_no_disk_is_foretold(tmp_path, stories
                 raise OSError("gone")
             yield document
 
-    monkeypatch.setattr(_examples, "_documents", broken)
+    monkeypatch.setattr(look, "_documents", broken)
     few = estimates(recipe)["corpus"]
     assert few.disk_bytes is None and "by the sizes of its sources" in few.basis
 
@@ -188,11 +240,11 @@ def test_tokens_are_as_long_as_a_vocabulary_that_is_learnt_of_few_words_makes_th
 
 def test_a_small_corpus_is_seen_in_whole_though_it_takes_longer(tmp_path, stories, monkeypatch):
     recipe, clock = small(tmp_path, stories, 200), iter(range(10**6))
-    monkeypatch.setattr(glance.time, "process_time", lambda: next(clock) * _examples.READ / 100)  # a hundred documents
+    monkeypatch.setattr(glance.time, "process_time", lambda: next(clock) * look.READ / 100)  # a hundred documents
     assert "a look at its sources" in estimates(recipe)["corpus"].basis
     LOOKED.clear()
     monkeypatch.setattr(glance, "LONGER", 1)
-    assert "a look at the first" in estimates(recipe)["corpus"].basis
+    assert "of its sources, from all over them" in estimates(recipe)["corpus"].basis
 
 
 def test_of_a_part_it_is_said_how_much_text_a_split_may_have_by_chance(tmp_path):

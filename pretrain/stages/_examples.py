@@ -1,10 +1,5 @@
 """How long documents are, known before anything runs: from a few of them, read from their sources or corpus.
 
-What a corpus that is not made yet will hold is told by a look at its files: they are read for a moment, and split and
-compared as they will be, so that copies are not counted twice and each split has the documents that their hashes put
-there. Of more text than there is time for the beginning is read, a least amount of it in any case, and the rest is
-taken to be like it.
-
 Examples are not packed into rows as text is: each batch is filled up to its longest, and what is filled is computed
 like the rest. So a step costs what the longest of its examples do, several times what its tokens would.
 """
@@ -12,9 +7,9 @@ like the rest. So a step costs what the longest of its examples do, several time
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, Protocol
@@ -23,18 +18,12 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.folders import corpus_of
 from pretrain.core.quick.vocabulary import SPLIT
 from pretrain.corpus.look.glance import Glance
-from pretrain.corpus.parts import GROUP_BYTES
-from pretrain.corpus.payload import identity, only_text
-from pretrain.corpus.sources import Document, Files, Functions, PythonStdlib, Questions, Skipped, Source, evenly, read
-from pretrain.corpus.store import key_of, side
-from pretrain.dial.packed import packed
+from pretrain.corpus.sources import Files, Functions, Questions, Source, evenly, read
 
 FEW, PATIENCE, MANY = 1000, 0.3, 20_000  # documents that are measured; seconds and documents that are read for them
-READ, COMPARED = 0.5, 0.5  # seconds that documents are read, and compared
 LISTED = 16  # texts of a list that are counted
 SHOWN, LONG = 1000, 1000  # of long texts so many are kept at least, and characters of each
 ROOM = {"train": 1_000_000, "validation": 100_000, "test": 100_000}  # characters that are kept of the texts of a split
-SIZES = 200  # of documents that are kept, of a split
 STEP = 16  # tokens that inputs are filled up to a multiple of
 ENDS = 2  # tokens at the ends of an input
 
@@ -242,79 +231,6 @@ def _in_order(ordered: Sequence[float], batch: float) -> float:
     )
 
 
-@dataclass(frozen=True)
-class Looked:
-    """By split what is left of the documents that were read, in bytes and in number; and some of their texts."""
-
-    whole: bool  # whether all were read
-    given: float  # bytes that were read, copies included
-    bytes: dict[str, float] = field(default_factory=dict)
-    documents: dict[str, float] = field(default_factory=dict)
-    sizes: dict[str, tuple[float, ...]] = field(default_factory=dict)  # bytes of some documents
-    texts: dict[str, tuple[str, ...]] = field(default_factory=dict)  # all of them, or parts of some
-    packed: float = 0.0  # bytes that what is left of them takes on the disk
-    squares: float = 0.0  # of the bytes of each document, summed
-    removed: float = 0.0  # documents that were read and are not left
-    enough: bool = True  # whether they can tell of the rest, where they are not all
-
-    @property
-    def kept(self) -> float:
-        """The share of the bytes that is left."""
-        return sum(self.bytes.values()) / self.given if self.given else 1.0
-
-    def spread(self, share: float, total: float) -> float:
-        """By how much the text of a split of such a share is off, as a share of all `total` bytes (deviation).
-
-        Each document is in it or is not: sqrt(share (1 - share) Σ size²) / total, of documents like those that were
-        read.
-        """
-        squares = self.squares * total / max(1.0, self.given)
-        return math.sqrt(share * (1 - share) * squares) / max(1.0, total)
-
-
-def looked(
-    sources: Sequence[Source], longest: int, shares: tuple[float, float], near: float | None, alike: float | None,
-    salt: int = 0, total: float = math.inf,
-) -> Looked | None:  # fmt: skip
-    """What is left of the sources' text by split; None where they are no plain texts, or cannot be read.
-
-    There are `total` bytes of it, as far as files tell. `shares` are held out for validation and test, drawn by `salt`.
-    Training documents that are `near` held-out ones are removed, and of those that are `alike` among themselves all but
-    the first: None removes none, 0 exact copies alone.
-    """
-    if not sources or not all(_plain(source) for source in sources):
-        return None
-    rows: dict[bytes, Document] = {}
-    whole, glance = False, Glance(READ, total)
-    with suppress(PretrainError, OSError, ValueError):  # told when the stage runs
-        for document in _documents(sources, longest):
-            rows.setdefault(identity(document), document)
-            if glance.enough(len(document["text"].encode())):
-                break
-        else:
-            whole = True
-    if not rows:
-        return None
-    splits: dict[str, list[Document]] = {"train": [], "validation": [], "test": []}
-    for document in rows.values():
-        splits[side(key_of(document), *shares, salt)].append(document)
-    held = [document["text"] for split in ("validation", "test") for document in splits[split] if only_text(document)]
-    train = splits["train"]
-    left = _left([document["text"] for document in train], held, near, alike)
-    sizes = {name: [float(len(document["text"].encode())) for document in some] for name, some in splits.items()}
-    bytes_ = {name: sum(some) * (left if name == "train" else 1.0) for name, some in sizes.items()}
-    documents = {name: len(some) * (left if name == "train" else 1.0) for name, some in sizes.items()}
-    squares = sum(size**2 for some in sizes.values() for size in some)
-    texts = {name: shown([document["text"] for document in some], ROOM[name]) for name, some in splits.items()}
-    disk = {name: packed(some, GROUP_BYTES) * (left if name == "train" else 1.0) for name, some in splits.items()}
-    if not whole and bytes_["train"]:  # a few held-out documents have a file's ends, and so have many: not to multiply
-        disk = {"all": disk["train"] * sum(bytes_.values()) / bytes_["train"]}
-    return Looked(
-        whole, glance.bytes, bytes_, documents, {name: tuple(evenly(some, SIZES)) for name, some in sizes.items()},
-        texts, sum(disk.values()), squares, glance.documents - sum(documents.values()), whole or glance.least,
-    )  # fmt: skip
-
-
 def shown(texts: Sequence[str], room: int) -> tuple[str, ...]:
     """The texts, or where they have more characters the middles of some."""
     if sum(map(len, texts)) <= room:
@@ -322,45 +238,3 @@ def shown(texts: Sequence[str], room: int) -> tuple[str, ...]:
     mean = sum(map(len, texts)) / len(texts)
     few = evenly(texts, max(SHOWN, int(room / mean)))
     return tuple(middle(text, max(LONG, room // len(few))) for text in few)
-
-
-def _plain(source: Source) -> bool:
-    """Whether its documents are texts that are read at once."""
-    return isinstance(source, PythonStdlib) or (isinstance(source, Files) and source.package is None)
-
-
-def _documents(sources: Sequence[Source], longest: int) -> Iterator[Document]:
-    skipped = Skipped(longest)
-    for source in sources:
-        for document in read(source, skipped):
-            if isinstance(document.get("text"), str):
-                yield document
-
-
-def _left(texts: Sequence[str], held: Sequence[str], near: float | None, alike: float | None) -> float:
-    """The share of the training texts' bytes that is left once those are removed that are near others.
-
-    Of those that there is no time for it is taken to be the same.
-    """
-    if not texts or not (near or alike):
-        return 1.0
-    from pretrain.corpus.copies.minhash import Index, signature
-
-    glance, seen, gone = Glance(COMPARED / 2), 0.0, 0.0
-    against, among = Index(near) if near else None, Index(alike) if alike else None
-    for text in held:
-        if against is None:
-            break
-        against.add(signature(text))
-        if glance.enough(len(text.encode())):
-            break
-    glance = Glance(COMPARED - glance.spent)
-    for text in texts:
-        size, minhash = len(text.encode()), signature(text)
-        double = (against is not None and against.has_near(minhash)) or (among is not None and among.has_near(minhash))
-        seen, gone = seen + size, gone + size * double
-        if among is not None and not double:
-            among.add(minhash)
-        if glance.enough(size):
-            break
-    return 1 - gone / seen if seen else 1.0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
@@ -41,8 +41,10 @@ from pretrain.stages import (
     corpus_of,
     dump,
 )
-from pretrain.stages._estimates import FLOOR, Left, corpus_estimate, uneven
-from pretrain.stages._examples import Looked, looked, sampled
+from pretrain.stages._estimates import FLOOR, Left
+from pretrain.stages._examples import sampled
+from pretrain.stages.corpora.estimate import corpus_estimate, uneven
+from pretrain.stages.corpora.look import Looked, looked
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -155,7 +157,7 @@ class Data(Stage):
         documents = sum(size.documents or few.documents for size, few in zip(known, seen, strict=True))
         documents += sum(before.documents.values())
         rows = (*before.rows, *(row for few in seen for row in few.rows))
-        few = None if self.corpus else self._looked(total)
+        few = None if self.corpus else self._looked([size.bytes for size in known])
         validation, test = (
             before.bytes.get(name, 0.0) / again if self.corpus else getattr(self, name) for name in HELD_OUT
         )
@@ -172,13 +174,13 @@ class Data(Stage):
         """FLOPs of the sources that make their documents."""
         return round(sum(source.flops() for source in self.sources))
 
-    def _looked(self, total: float) -> Looked | None:
+    def _looked(self, known: Sequence[float]) -> Looked | None:
         """What its sources hold without copies, looked at once in a process as long as they are as large."""
         alike = next((getattr(each, "threshold", None) for each in self.operations if each.name == "deduplicate"), None)
         given = (self.longest, (self.validation, self.test), self.near_duplicates, alike, self.split_seed)
-        key = (repr(self.sources), total, *given)
+        key = (repr(self.sources), *known, *given)
         if key not in LOOKED:
-            LOOKED[key] = looked(self.sources, *given, total)
+            LOOKED[key] = looked(self.sources, *given, known)
         return LOOKED[key]
 
     def progress(self, folder: Path) -> str:

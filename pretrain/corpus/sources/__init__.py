@@ -9,7 +9,7 @@ a package of PyPI or Debian where the field `package` names one.
 
 from pretrain.core.packages import Package
 from pretrain.corpus.roff import unroff
-from pretrain.corpus.sources._files import Document, Source, described, evenly, fingerprint, read
+from pretrain.corpus.sources._files import Document, Source, described, evenly, fingerprint, read, read_by_file, spread
 from pretrain.corpus.sources._skipped import Removed, Skipped
 from pretrain.corpus.sources.audio import Audio
 from pretrain.corpus.sources.code import Functions, Packages, PythonStdlib
@@ -46,5 +46,6 @@ SOURCES: dict[str, type[Source]] = {
 __all__ = [
     "SOURCES", "Audio", "DebianDocs", "Document", "Files", "Functions", "HubDataset", "Images", "Manuals", "Package",
     "Packages", "Pixels", "PythonStdlib", "Questions", "RandomComputation", "Removed", "Sequences", "Series", "Skipped",
-    "Source", "WordNet", "described", "evenly", "fingerprint", "read", "unroff",
+    "Source", "WordNet", "described", "evenly", "fingerprint", "read",
+    "read_by_file", "spread", "unroff",
 ]  # fmt: skip

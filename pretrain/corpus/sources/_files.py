@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import Field, asdict
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from pretrain.core.bounds import Fielded, check_fields
@@ -20,6 +22,7 @@ from pretrain.corpus.sources._skipped import Skipped
 Document = dict[str, Any]  # its columns by name
 # What is told of something that cannot be read: where it is, what is wrong, its reason in the counts, what is accepted.
 Wrong = Callable[[str, str, str, str], None]
+Part = tuple[int, Iterator[Document]]  # the bytes of a file, and the documents that it holds
 T = TypeVar("T")
 
 
@@ -33,6 +36,7 @@ class Size(NamedTuple):
 
 UNTOUCHED = ("image", "audio", "series")  # columns without text
 DOMAIN, NAME = 200, 1000  # characters of a domain's name, and of an id
+OF_A_SIZE = 4  # files that are read one after another, where they are of the same size
 UNPACKED = 4  # times as large is text as its compressed file, about
 
 
@@ -71,6 +75,10 @@ class Source(metaclass=Fielded):
         """The documents, in a fixed order; what is passed over is counted in `skipped`."""
         raise NotImplementedError
 
+    def by_file(self, skipped: Skipped) -> list[Part]:
+        """The same by the files that hold them, in their order; none is opened before its documents are asked for."""
+        return [(0, self.documents(skipped))]
+
     def domains(self) -> tuple[str, ...] | None:
         """The domains of its documents; None where that is not known before they are read."""
         domain = getattr(self, "domain", None)
@@ -95,7 +103,17 @@ def read(source: Source, skipped: Skipped | None = None) -> Iterator[Document]:
     package: Package | None = getattr(source, "package", None)
     if package is not None:
         check_whole(package)
-    for document in source.documents(skipped):
+    return _stored(source.documents(skipped), skipped)
+
+
+def read_by_file(source: Source, skipped: Skipped) -> list[Part]:
+    """The source's documents by the files that hold them, to be read in any order."""
+    return [(size, _stored(documents, skipped)) for size, documents in source.by_file(skipped)]
+
+
+def _stored(documents: Iterable[Document], skipped: Skipped) -> Iterator[Document]:
+    """The documents as they can be stored, without those that are too long."""
+    for document in documents:
         if len(document.get("text") or "") > skipped.longest:
             skipped.too_long("documents", str(document.get("id"))[:NAME])
         else:
@@ -133,6 +151,19 @@ def evenly(items: Sequence[T], limit: int | None) -> list[T]:
     if limit is None or len(items) <= limit:
         return list(items)
     return [items[number * len(items) // limit] for number in range(limit)]
+
+
+def spread(sizes: Sequence[int]) -> list[int]:
+    """The places of files of such sizes in an order of which every beginning is like all of them.
+
+    It is drawn once for all; a few files of one size follow each other: whoever reads one reads its copies too, if it
+    has no more than that.
+    """
+    random, alike, count = Random(0), dict[tuple[int, int], list[int]](), Counter[int]()
+    for place in random.sample(range(len(sizes)), len(sizes)):
+        alike.setdefault((sizes[place], count[sizes[place]] // OF_A_SIZE), []).append(place)
+        count[sizes[place]] += 1
+    return [place for places in random.sample(list(alike.values()), len(alike)) for place in places]
 
 
 def evenly_read(make: Callable[[Skipped], Iterator[T]], limit: int | None, skipped: Skipped) -> Iterator[T]:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from pretrain.core.bounds import Count
 from pretrain.core.errors import PretrainError
 from pretrain.corpus import modules
-from pretrain.corpus.sources._files import Document, Size, Source, evenly, read_text, size_of
+from pretrain.corpus.sources._files import Document, Part, Size, Source, evenly, read_text, size_of
 from pretrain.corpus.sources._skipped import Skipped
 
 # Measured on the standard library and on scikit-learn: text of docstrings next to code, of documented functions next
@@ -28,14 +29,22 @@ class PythonStdlib(Source):
     exclude: tuple[str, ...] = ()  # modules to leave out: `encodings/*` for the tables of character sets
 
     def documents(self, skipped: Skipped) -> Iterator[Document]:
-        for inside, path in evenly(modules.without(modules.of_stdlib(self.tests), self.exclude), self.limit):
-            text = read_text(path, skipped)
-            if text is None:
-                continue
-            yield {"text": text, "domain": "python", "id": inside, "group": inside}
-            described = modules.docstrings(text) if self.docstrings else ""
-            if described:
-                yield {"text": described, "domain": "docstrings", "id": f"{inside}#docstrings", "group": inside}
+        for _, documents in self.by_file(skipped):
+            yield from documents
+
+    def by_file(self, skipped: Skipped) -> list[Part]:
+        """By modules."""
+        files = evenly(modules.without(modules.of_stdlib(self.tests), self.exclude), self.limit)
+        return [(path.stat().st_size, self._of_module(inside, path, skipped)) for inside, path in files]
+
+    def _of_module(self, inside: str, path: Path, skipped: Skipped) -> Iterator[Document]:
+        text = read_text(path, skipped)
+        if text is None:
+            return
+        yield {"text": text, "domain": "python", "id": inside, "group": inside}
+        described = modules.docstrings(text) if self.docstrings else ""
+        if described:
+            yield {"text": described, "domain": "docstrings", "id": f"{inside}#docstrings", "group": inside}
 
     def domains(self) -> tuple[str, ...]:
         return ("python", "docstrings") if self.docstrings else ("python",)

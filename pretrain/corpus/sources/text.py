@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import ClassVar, Literal
 
@@ -17,7 +18,7 @@ from pretrain.core.foreign.documents.members import ARCHIVES
 from pretrain.core.packages import Package
 from pretrain.corpus.leaks import key_in, looks_generated
 from pretrain.corpus.sources._containers import READERS, Reader, Row, ending, read_json, reader_of, unread
-from pretrain.corpus.sources._files import Document, Size, Source, Wrong, evenly, read_pieces, size_of
+from pretrain.corpus.sources._files import Document, Part, Size, Source, Wrong, evenly, read_pieces, size_of
 from pretrain.corpus.sources._paths import Named, Taken, check_group, group_of, located, stamps
 from pretrain.corpus.sources._skipped import Skipped
 from pretrain.corpus.sources._tables import extent
@@ -107,6 +108,11 @@ class Files(Source):
 
     def documents(self, skipped: Skipped) -> Iterator[Document]:
         yield from (document for _, document in self.placed(skipped))
+
+    def by_file(self, skipped: Skipped) -> list[Part]:
+        files = self.located(skipped)
+        placed = [self.inside(name, path, skipped, alone=len(files) == 1) for name, path in files]
+        return [(path.stat().st_size, map(itemgetter(1), rows)) for (_, path), rows in zip(files, placed, strict=True)]
 
     def placed(self, skipped: Skipped, rows: int | None = None) -> Iterator[Row]:
         """The documents, each with where it stands, as messages say it; of each table at most so many `rows`."""

@@ -1,0 +1,1 @@
+"""What is known of a corpus before a data stage has made it."""
