@@ -141,3 +141,11 @@ def test_each_document_that_it_leaves_out_has_its_reason(material, corpus, tmp_p
     assert UNKNOWN not in passage["reasons"] and all(0 < len(reason) < 50 for reason in passage["reasons"])
     new = len(whole) - len(kept)
     assert passage["before"]["documents"] - passage["after"]["documents"] == len(table) - new
+
+
+def test_operations_that_compute_nothing_say_how_long_they_take_and_plans_add_it_up(material):
+    for name in OPERATIONS:
+        operation = example(name, material)
+        took = operation.seconds(1e9, 1e5)
+        assert (took is None) == (not operation.speed) and (operation.computes or took), name
+        assert not took or 1 < took < 3600, name

@@ -15,13 +15,16 @@ from typer.testing import CliRunner
 
 from pretrain.cli import app
 from pretrain.corpus.look import glance
+from pretrain.data.deduplication.exact_substring_deduplication import ExactSubstringDeduplication
+from pretrain.data.filters.gopher_quality import GopherQuality
+from pretrain.data.generation.wrap import Wrap
 from pretrain.engine import run, silent
 from pretrain.forecast import forecast, warnings
 from pretrain.identity import plan
-from pretrain.recipe import Recipe, load
+from pretrain.recipe import Recipe, check, load
 from pretrain.stages import _examples
 from pretrain.stages.corpora import look
-from pretrain.stages.corpora.estimate import corpus_estimate
+from pretrain.stages.corpora.estimate import COMPARED, LIBRARIES, OPENED, corpus_estimate, work_seconds
 from pretrain.stages.corpora.look import Looked
 from pretrain.stages.data import LOOKED, build_source
 
@@ -310,3 +313,47 @@ def test_what_a_size_goes_by_is_not_unknown_once_the_corpus_is_made(tmp_path, st
     assert told() == [True] * 3
     run(load(tmp_path / "r.yaml", (), output), report=False, say=silent)
     assert told() == [False] * 3
+
+
+def test_a_plan_adds_the_seconds_of_operations_which_workers_share(tmp_path):
+    """Of 1 GB: no operation, one that workers share, one that none shares, one of which nothing is known."""
+    shared, alone, unknown = GopherQuality(tag=True), ExactSubstringDeduplication(), Wrap(generator="x")
+    assert (shared.shared, alone.shared, unknown.speed) == (True, False, 0)
+
+    def seconds(*operations, workers=1, **more):
+        return work_seconds(1e9, 1e5, False, operations, workers, **more)
+
+    bare = seconds()
+    assert seconds(shared) - bare == pytest.approx(1e9 / shared.speed + LIBRARIES)
+    assert seconds(shared, workers=4) - bare == pytest.approx(1e9 / shared.speed / 4 + LIBRARIES + 1, rel=0.1)
+    assert seconds(alone, workers=4) == seconds(alone) and seconds(alone, unknown) is None
+    assert seconds(shared) - seconds(shared, loaded=True) == pytest.approx(OPENED + LIBRARIES)
+    assert work_seconds(1e9, 1e5, True, (), 1) - bare == pytest.approx(1e9 / COMPARED)
+
+
+def test_a_plan_takes_longer_for_slower_operations(tmp_path, stories):
+    source = {"files": str(tmp_path / "texts")}
+    (tmp_path / "texts").mkdir()
+    for number, story in enumerate(stories):
+        (tmp_path / "texts" / f"{number}.txt").write_text(story["text"] * 50)
+
+    def planned(*operations):
+        stages = [{"name": "corpus", "stage": "data", "sources": [source], "operations": list(operations)}]
+        return estimates(check({"name": "r", "stages": stages}))["corpus"].seconds
+
+    slow = planned({"method": "gopher_repetition", "tag": True})
+    assert planned() < planned({"method": "line_deduplication"}) < slow
+
+
+def test_a_split_that_one_text_leaves_empty_is_told_before_it_runs_and_pieces_fill_it(tmp_path, stories):
+    (tmp_path / "book.txt").write_text("\n\n".join(story["text"] for story in stories))
+
+    def odd(**fields):
+        source = {"files": str(tmp_path / "book.txt")} | fields
+        stages = [{"name": "corpus", "stage": "data", "sources": [source], "validation": 0.2, "test": 0.2}]
+        return [line.text for line in estimates(check({"name": "r", "stages": stages}))["corpus"].warnings]
+
+    lines = odd()
+    assert [line.split(":")[0] for line in lines] == ["no validation documents", "no test documents"]
+    assert "1 are too few for a share of 0.2" in lines[0] and "pieces: 5000" in lines[0]
+    assert not any("too few" in line for line in odd(pieces=500))

@@ -16,6 +16,8 @@ class DataOperation(Method):
 
     kind: ClassVar[str] = "data operation"
     computes: ClassVar[bool] = True  # whether it may run a model, or other products that are metered
+    speed: ClassVar[float] = 0.0  # bytes of text that a core does in a second; 0: not known, as of what runs a model
+    shared: ClassVar[bool] = False  # whether the data stage's workers share what it does
 
     @property
     def adds(self) -> tuple[str, ...]:
@@ -30,6 +32,10 @@ class DataOperation(Method):
     def memory(self, size: float) -> float:
         """Bytes that it has in memory at once of a corpus of `size` bytes of text, where that grows with the corpus."""
         return 0.0
+
+    def seconds(self, size: float, documents: float) -> float | None:
+        """Of a core, for so many bytes of text in so many documents; None where that is not known."""
+        return size / self.speed if self.speed else None
 
     @abstractmethod
     def __call__(self, corpus: Dataset) -> Dataset:

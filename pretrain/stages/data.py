@@ -41,9 +41,9 @@ from pretrain.stages import (
     corpus_of,
     dump,
 )
-from pretrain.stages._estimates import FLOOR, Left
+from pretrain.stages._estimates import DOCUMENT, FLOOR, Left
 from pretrain.stages._examples import sampled
-from pretrain.stages.corpora.estimate import corpus_estimate, uneven
+from pretrain.stages.corpora.estimate import corpus_estimate, uneven, work_seconds
 from pretrain.stages.corpora.look import Looked, looked
 
 if TYPE_CHECKING:
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from pretrain.corpus.copies.held_out import Signatures
 
 HELD_OUT = ("validation", "test")
+REREAD = 60e6  # bytes a second of a corpus that is read again
 MADE = 5e10  # FLOPs a second of sources that make their documents: small products, one after another
 LOOKED: dict[tuple[object, ...], Looked | None] = {}  # what was seen of sources, by them
 
@@ -158,16 +159,20 @@ class Data(Stage):
         documents += sum(before.documents.values())
         rows = (*before.rows, *(row for few in seen for row in few.rows))
         few = None if self.corpus else self._looked([size.bytes for size in known])
+        reading = sum(size.bytes / source.speed for source, size in zip(self.sources, known, strict=True))
+        if few is not None and few.enough:
+            total, whole, reading = few.text, whole * few.text / max(1.0, total), few.seconds
         validation, test = (
             before.bytes.get(name, 0.0) / again if self.corpus else getattr(self, name) for name in HELD_OUT
         )
-        estimate = corpus_estimate(total, documents, validation, test, works, rows, whole, few)
+        workers, near = 1 if self.ray else self.workers, self.near_duplicates is not None
+        loaded = bool(self.corpus) and not before.exact
+        work = work_seconds(total, documents or total / DOCUMENT, near, self.operations, workers, loaded)
+        seconds = None if work is None else reading + again / REREAD + work + self.made / MADE
+        estimate = corpus_estimate(total, documents, validation, test, works, rows, whole, few, seconds)
         operations = FLOOR + max((operation.memory(total) for operation in self.operations), default=0.0)
         flops = None if estimate.flops is None else estimate.flops + self.made
-        seconds = (estimate.seconds or 0.0) + self.made / MADE
-        return replace(
-            estimate, flops=flops, seconds=seconds, memory_bytes=max(estimate.memory_bytes or 0.0, operations)
-        )
+        return replace(estimate, flops=flops, memory_bytes=max(estimate.memory_bytes or 0.0, operations))
 
     @property
     def made(self) -> int:

@@ -28,6 +28,7 @@ class Glance:
     whole: float = math.inf
     documents: int = 0
     bytes: float = 0.0
+    taken: float = 0.0  # seconds of the processor up to the last document
     _begun: tuple[float, float] = field(default_factory=lambda: (time.process_time(), time.perf_counter()))
 
     @property
@@ -44,7 +45,8 @@ class Glance:
     def enough(self, size: float) -> bool:
         """Count a document of so many bytes; whether to stop with it."""
         self.documents, self.bytes = self.documents + 1, self.bytes + size
-        spent, longer = self.spent, LONGER * self.seconds
+        self.taken = spent = self.spent
+        longer = LONGER * self.seconds
         soon = spent < longer and self.bytes * longer >= self.whole * spent
         late = (spent > self.seconds and not soon) or time.perf_counter() - self._begun[1] > WAITED * self.seconds
         return late and self.least

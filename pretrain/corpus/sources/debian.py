@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 from pretrain.core.bounds import Count
 from pretrain.core.errors import PretrainError
@@ -24,6 +25,8 @@ TEXT_SUFFIXES = (".txt", ".md", ".rst", ".tex", ".html", ".xml", ".csv", ".log")
 @dataclass(frozen=True)
 class DebianDocs(Source):
     """The documentation that Debian installed: `/usr/share/doc` (domain `doc`) and manual pages (domain `man`)."""
+
+    speed: ClassVar[float] = 15e6
 
     debian: bool = True
     doc: str = "/usr/share/doc"

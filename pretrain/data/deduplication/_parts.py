@@ -34,6 +34,7 @@ class PartDeduplication(DataOperation):
     """Base of those that remove parts of documents which stand elsewhere too."""
 
     computes: ClassVar[bool] = False
+    shared: ClassVar[bool] = True
     common: int
     least_words: int
 

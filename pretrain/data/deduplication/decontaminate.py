@@ -39,6 +39,7 @@ class Decontaminate(DataOperation):
     """
 
     computes: ClassVar[bool] = False
+    speed: ClassVar[float] = 6.5e6
 
     corpora: tuple[Ref, ...]
     length: Count = 13

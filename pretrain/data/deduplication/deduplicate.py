@@ -34,6 +34,8 @@ class Deduplicate(DataOperation):
     """
 
     computes: ClassVar[bool] = False
+    speed: ClassVar[float] = 18e6
+    shared: ClassVar[bool] = True
     version: ClassVar[int] = 2  # copies in scripts without spaces, order in short texts, bands by the threshold
 
     threshold: Share = 0.8

@@ -50,6 +50,7 @@ class ExactSubstringDeduplication(DataOperation):
     """
 
     computes: ClassVar[bool] = False
+    speed: ClassVar[float] = 3.6e6
 
     length: Count = 50
     unit: Literal["words", "bytes"] = "words"

@@ -45,6 +45,7 @@ class Filter(DataOperation):
     """Base of the filters; a method is a dataclass with a field `tag: bool`."""
 
     computes: ClassVar[bool] = False
+    shared: ClassVar[bool] = True
     numbers: ClassVar[tuple[str, ...]]  # what `measure` gives, in its order
     measures: ClassVar[tuple[str, ...]] = ()  # fields by which the numbers change; all others are thresholds
     tag: bool

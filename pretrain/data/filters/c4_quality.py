@@ -36,6 +36,8 @@ class C4Quality(DataOperation):
     """
 
     computes: ClassVar[bool] = False
+    speed: ClassVar[float] = 28e6
+    shared: ClassVar[bool] = True
 
     sentences: Whole = 5
     words: Whole = 3

@@ -30,6 +30,7 @@ class ColumnFilter(DataOperation):
     """
 
     computes: ClassVar[bool] = False
+    speed: ClassVar[float] = 280e6
 
     column: str
     least: AnyNumber | None = None

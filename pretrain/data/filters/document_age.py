@@ -34,6 +34,7 @@ class DocumentAge(DataOperation):
     """  # noqa: E501
 
     computes: ClassVar[bool] = False
+    speed: ClassVar[float] = 650e6
     adds: ClassVar[tuple[str, ...]] = (YEAR,)
 
     date: str = "date"

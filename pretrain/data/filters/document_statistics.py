@@ -41,6 +41,8 @@ class DocumentStatistics(DataOperation):
     """
 
     computes: ClassVar[bool] = False
+    speed: ClassVar[float] = 10e6
+    shared: ClassVar[bool] = True
 
     tokenizer: Ref = ""
     language: bool = False

@@ -24,6 +24,7 @@ class FinewebQuality(Filter):
     and the numbers become columns, which a later fineweb_quality reads.
     """
 
+    speed: ClassVar[float] = 13e6
     numbers: ClassVar[tuple[str, ...]] = ("lines", "ended_lines", "short_lines", "line_characters", "newlines")
     measures: ClassVar[tuple[str, ...]] = ("short",)
 

@@ -28,6 +28,7 @@ class GopherQuality(Filter):
     columns, which a later gopher_quality reads.
     """
 
+    speed: ClassVar[float] = 10e6
     numbers: ClassVar[tuple[str, ...]] = (
         "words", "word_length", "hashes", "ellipses", "bullet_lines", "ellipsis_lines", "letter_words", "stop_words",
     )  # fmt: skip

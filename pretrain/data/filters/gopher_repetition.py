@@ -31,6 +31,7 @@ class GopherRepetition(Filter):
     and the numbers become columns, which a later gopher_repetition reads.
     """
 
+    speed: ClassVar[float] = 3.5e6
     numbers: ClassVar[tuple[str, ...]] = (
         "paragraphs", "paragraph_characters", "lines", "line_characters",
         "top_2_gram", "top_3_gram", "top_4_gram", "duplicate_5_grams", "duplicate_6_grams", "duplicate_7_grams",

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pretrain.data._work import Desk
 
 BLOCK = 1024  # documents
+OPENING = 1.0  # seconds
 COLUMNS = ("language", "language_score")
 
 
@@ -37,6 +38,8 @@ class Language(DataOperation):
     """
 
     computes: ClassVar[bool] = False
+    speed: ClassVar[float] = 1.5e6  # of what is read of each
+    shared: ClassVar[bool] = True
 
     keep: tuple[str, ...] = ()
     least: Share = 0.0
@@ -46,6 +49,10 @@ class Language(DataOperation):
     def adds(self) -> tuple[str, ...]:
         """Both columns."""
         return COLUMNS
+
+    def seconds(self, size: float, documents: float) -> float:
+        """Of opening what it knows of languages, and of the beginnings of documents."""
+        return OPENING + min(size, documents * self.characters) / self.speed
 
     def __call__(self, corpus: Dataset) -> Dataset:
         """The documents that are kept, in order, with their languages."""

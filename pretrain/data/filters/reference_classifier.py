@@ -37,6 +37,7 @@ class ReferenceClassifier(DataOperation):
     """  # noqa: E501
 
     computes: ClassVar[bool] = False
+    speed: ClassVar[float] = 3.4e6
 
     positive: tuple[Ref, ...]
     negative: tuple[Ref, ...] = ()

@@ -49,6 +49,7 @@ class GrammaticalErrors(DataOperation):
     """
 
     computes: ClassVar[bool] = False
+    speed: ClassVar[float] = 1.2e6
     adds: ClassVar[tuple[str, ...]] = (TARGET, TAGS, EDITS)
 
     language: str = "english"

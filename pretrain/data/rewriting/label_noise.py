@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
@@ -29,6 +29,8 @@ class LabelNoise(DataOperation):
     larger rate flips what a smaller one does, and more. Documents without a label stay so. To see what noise does, and
     what undoes it; held-out documents keep their labels.
     """
+
+    speed: ClassVar[float] = 25e6
 
     label: str = "label"
     rate: Share = 0.1

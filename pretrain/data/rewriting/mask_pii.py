@@ -38,6 +38,8 @@ class MaskPii(DataOperation):
     """
 
     computes: ClassVar[bool] = False
+    speed: ClassVar[float] = 16e6
+    shared: ClassVar[bool] = True
 
     emails: str | None = "|||EMAIL_ADDRESS|||"
     ip_addresses: str | None = "|||IP_ADDRESS|||"

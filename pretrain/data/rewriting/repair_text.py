@@ -34,6 +34,8 @@ class RepairText(DataOperation):
     """
 
     computes: ClassVar[bool] = False
+    speed: ClassVar[float] = 60e6
+    shared: ClassVar[bool] = True
 
     html: bool = True
 

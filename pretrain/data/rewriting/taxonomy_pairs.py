@@ -36,6 +36,7 @@ class TaxonomyPairs(DataOperation):
 
     adds: ClassVar[tuple[str, ...]] = (PAIR, RELATION)
     computes: ClassVar[bool] = False
+    speed: ClassVar[float] = 300e6
 
     concept: str = "concept"
     group: str = "domain"

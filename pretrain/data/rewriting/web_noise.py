@@ -60,6 +60,7 @@ class WebNoise(DataOperation):
     """
 
     computes: ClassVar[bool] = False
+    speed: ClassVar[float] = 40e6
 
     rate: Share = 0.5
     junk: Share = 0.0

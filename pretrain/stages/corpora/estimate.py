@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 
 from pretrain.core.files import JSONObject
 from pretrain.core.quick.quantities import counted, short
+from pretrain.core.system.processes import usable_cores
+from pretrain.data import DataOperation
+from pretrain.data._workers import START
 from pretrain.stages._estimates import FLOOR, RECORDS, Estimate, Left, Odd
 from pretrain.stages._examples import Texts
 from pretrain.stages.corpora.look import Looked
@@ -18,6 +21,9 @@ from pretrain.stages.corpora.look import Looked
 FAR, UNEVEN, UNSIZED, UNSURE = 5.0, 2.0, 1.5, 0.3
 TINY = 20  # documents, of fewer a split may well be one
 MUCH = 0.1  # of a corpus's text: a domain that each split should have
+# Of a data stage, on one core of a CPU: seconds to open what reads and writes, and what operations need; bytes a second
+# that are split and written, and compared with held-out documents; seconds that other processes take to begin.
+OPENED, LIBRARIES, WRITTEN, COMPARED, BEGINNING = 0.3, 1.5, 45e6, 22e6, 1.0
 SAMPLES = 5e3  # bytes of a few documents that are shown
 TOTALS, REMOVED = 2e3, 80.0  # bytes of a corpus's counts and checksums; of a line for a document that is removed
 
@@ -39,6 +45,16 @@ def uneven(info: JSONObject, shares: Mapping[str, float]) -> Iterable[str]:
             yield from _lacking(split, info.get("domains", {}))
 
 
+def _empty(documents: Mapping[str, float], shares: Mapping[str, float]) -> Iterable[str]:
+    """What is said of splits that few documents leave empty."""
+    for split, share in shares.items():
+        if share and not documents.get(split):
+            yield (
+                f"no {split} documents: {sum(documents.values()):,.0f} are too few for a share of {share:g}; accepted: "
+                "more documents, pieces of them (a source's pieces: 5000), or a larger share"
+            )
+
+
 def _lacking(split: str, domains: Mapping[str, Mapping[str, Mapping[str, float]]]) -> Iterable[str]:
     """What is said of domains that a split hardly has, and the corpus has much of."""
     sizes = {part: {name: counts["bytes"] for name, counts in rows.items()} for part, rows in domains.items()}
@@ -58,11 +74,12 @@ def _lacking(split: str, domains: Mapping[str, Mapping[str, Mapping[str, float]]
 
 def corpus_estimate(
     total: float, documents: float, validation: float, test: float, works: bool, rows: Texts = (), whole: float = 0.0,
-    seen: Looked | None = None,
+    seen: Looked | None = None, seconds: float | None = None,
 ) -> Estimate:  # fmt: skip
     """Of a corpus of so many bytes of text, and a few documents of it; `works`: operations compute something too.
 
-    `whole` are the bytes of its files, where these hold more than the text; `seen` is what was read of them.
+    `whole` are the bytes of its files, where these hold more than the text; `seen` is what was read of them, which it
+    takes so many seconds to write and to operate on.
     """
     held = max(total, whole)
     shares = {"train": 1 - validation - test, "validation": validation, "test": test}
@@ -78,10 +95,29 @@ def corpus_estimate(
         disk = RECORDS + SAMPLES + TOTALS + on_disk
     shared = {"validation": validation, "test": test} if seen is not None and seen.whole else {}
     lines = uneven({"bytes": left.bytes, "documents": left.documents}, shared)
-    odd = tuple(Odd(text.split()[1], text) for text in lines)
-    return Estimate(
-        None if works else 0.0, FLOOR + 10 * min(held, 128e6), 1 + held / 1.5e6, disk, 1.0, left, odd, basis=basis
-    )
+    odd = tuple(Odd(text.split()[1], text) for text in chain(_empty(left.documents, shared), lines))
+    return Estimate(None if works else 0.0, FLOOR + 10 * min(held, 128e6), seconds, disk, 1.0, left, odd, basis=basis)
+
+
+def work_seconds(
+    size: float, documents: float, near: bool, operations: Sequence[DataOperation], workers: int, loaded: bool = False
+) -> float | None:
+    """Seconds to write a corpus of so many bytes of text, to look for copies (`near`), and of operations.
+
+    What workers share takes one core `START` seconds, and then as many as there are; None where an operation says
+    nothing. Libraries may be `loaded`, by the stage that has made the corpus before.
+    """
+    count = workers or usable_cores()
+    each = [operation.seconds(size, documents) for operation in operations]
+    shares = [size / COMPARED] if near else []
+    shares += [took for took, operation in zip(each, operations, strict=True) if took and operation.shared]
+    alone = [took for took, operation in zip(each, operations, strict=True) if not operation.shared]
+    if None in each:
+        return None
+    begun = 0.0 if count == 1 or max(shares, default=0.0) <= START else BEGINNING
+    shared = sum(took if count == 1 else min(took, START) + max(0.0, took - START) / count for took in shares)
+    opening = 0.0 if loaded else OPENED + (LIBRARIES if operations else 0.0)
+    return opening + size / WRITTEN + begun + shared + sum(filter(None, alone))
 
 
 def _seen(left: Left, seen: Looked) -> Left:

@@ -48,6 +48,8 @@ class Looked:
     removed: float = 0.0  # documents that were read and are not left
     enough: bool = True  # whether they can tell of the rest, where they are not all
     alike: bool = False  # whether what was read lies over all the sources, and is not what stands first in them
+    text: float = 0.0  # bytes that all the sources hold, by what the files that were read hold of theirs
+    seconds: float = 0.0  # of the processor, to read them all
 
     @property
     def kept(self) -> float:
@@ -77,17 +79,22 @@ def looked(
     if not sources or not all(_plain(source) for source in sources):
         return None
     seen: list[Placed] = []
-    whole, many = False, False
+    whole, many, text, seconds = False, False, 0.0, 0.0
     with suppress(PretrainError, OSError, ValueError):  # told when the stage runs
         skipped = Skipped(longest)
         by_file = [read_by_file(source, skipped) for source in sources]
         many, glance = min(map(len, by_file)) >= SPREAD, Glance(READ, sum(sizes) or math.inf)
+        took, before = [0.0] * len(sources), 0
         for placed in _documents(by_file, sizes):
             seen.append(placed)
-            if glance.enough(len(placed[1]["text"].encode())):
+            began, stop = glance.taken, glance.enough(len(placed[1]["text"].encode()))
+            took[before] += glance.taken - began  # whose next document was read meanwhile
+            before = placed[0][0]
+            if stop:
                 break
         else:
             whole = True
+        text, seconds = _in_all(seen, by_file, sizes, took, whole)
     if not seen:
         return None
     rows: dict[bytes, Document] = {}
@@ -112,8 +119,31 @@ def looked(
     return Looked(
         whole, glance.bytes, bytes_, documents, {name: tuple(evenly(some, SIZES)) for name, some in by_split.items()},
         texts, sum(disk.values()), sum(size**2 for size in every), glance.documents - sum(documents.values()),
-        whole or glance.least, many,
+        whole or glance.least, many, text, seconds,
     )  # fmt: skip
+
+
+def _in_all(
+    seen: Sequence[Placed],
+    by_file: Sequence[Sequence[Part]],
+    sizes: Sequence[float],
+    took: Sequence[float],
+    whole: bool,
+) -> tuple[float, float]:
+    """Bytes of text that all files hold, and seconds to read them: of those read what they are to their files' bytes.
+
+    Of a source of few files, of which perhaps none was read to its end, they are to its text as the files tell it.
+    """
+    text = seconds = 0.0
+    for number, files in enumerate(by_file):
+        given = sum(len(document["text"].encode()) for place, document in seen if place[0] == number)
+        opened = sum(files[file][0] for file in {place[1] for place, _ in seen if place[0] == number})
+        times = sum(size for size, _ in files) / opened if opened else 1.0
+        if len(files) < SPREAD or not given:
+            times = max(1.0, sizes[number] / given) if given and sizes else 1.0
+        times = 1.0 if whole else times
+        text, seconds = text + times * given, seconds + times * took[number]
+    return text, seconds
 
 
 def _plain(source: Source) -> bool:
