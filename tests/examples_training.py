@@ -148,6 +148,7 @@ FIELDS: dict[str, Callable[[Material], dict[str, Any]]] = {
     "repair_text": lambda m: {"html": True} if pytest.importorskip("ftfy") else {},
     "miniplm": lambda m: {"teacher": m.saved(0), "reference": m.saved(1)},
     "preselect": lambda m: {"models": tuple(map(m.saved, range(3))), "ability": (1.0, 2.0, 3.0), "ratio": 0.3},
+    "salt_ds": lambda m: {"model": m.saved(0), "top_k": 100},
     "simcore": lambda m: {"model": m.saved(0), "target": str(m.prepared / "corpus"), "share": 0.5, "clusters": 3},
     "quality_subset": lambda m: {"domain": "python", "share": 0.5},
     "bertin": lambda m: {"share": 0.5, "order": 3},

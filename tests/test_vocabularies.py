@@ -29,7 +29,7 @@ SIZE = 400
 OTHERWISE = {
     "a model that reads texts with its own tokenizer": (
         "bertin.reference", "clear.model", "entigraph.generator", "llm2llm.generator", "llm2llm.student", "miniplm.teacher", "miniplm.reference", "preselect.models", "prompt_template.model", "prox.generator",
-        "quality_subset.reference", "simcore.model", "spin.generator", "transform_llm.generator", "well_read_students.teacher", "wrap.generator",
+        "quality_subset.reference", "salt_ds.model", "simcore.model", "spin.generator", "transform_llm.generator", "well_read_students.teacher", "wrap.generator",
     ),
     "what the vocabulary is changed to": ("contextual_rows.tokenizer", "ofa.tokenizer", "vocabulary_expansion.tokenizer"),
     "a tokenizer that counts or parts texts, with no model beside": ("document_statistics.tokenizer", "exact_substring_deduplication.tokenizer"),
@@ -172,7 +172,7 @@ def test_a_surgery_that_changes_the_vocabulary_may(shelf, tmp_path):
 
 
 @pytest.mark.promise("Vocabularies", "Teachers and companions of another vocabulary are refused.")
-@pytest.mark.parametrize("taught", ["distillation", "self_distillation", "pela_pretraining", "ctcd", "random_token_substitution"])  # fmt: skip
+@pytest.mark.parametrize("taught", ["distillation", "salt", "self_distillation", "pela_pretraining", "ctcd", "random_token_substitution"])  # fmt: skip
 def test_objectives_refuse_a_teacher_of_other_tokens(shelf, taught, recipe, tmp_path):
     field = {"ctcd": "companion_init", "random_token_substitution": "embeddings"}.get(taught, "teacher")
     init = [f"model.init={shelf / 'own'}", "model.model={}", "model.tokenizer=null"]

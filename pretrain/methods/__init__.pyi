@@ -33,6 +33,7 @@ from pretrain.data.selection.bertin import Bertin as Bertin
 from pretrain.data.selection.miniplm import Miniplm as Miniplm
 from pretrain.data.selection.preselect import Preselect as Preselect
 from pretrain.data.selection.quality_subset import QualitySubset as QualitySubset
+from pretrain.data.selection.salt_ds import SALTDS as SALTDS
 from pretrain.data.selection.simcore import SimCore as SimCore
 from pretrain.decoding.cache.expected_attention import ExpectedAttention as ExpectedAttention
 from pretrain.decoding.cache.h2o import H2O as H2O
@@ -85,6 +86,7 @@ from pretrain.objectives.distillation.distillation import Distillation as Distil
 from pretrain.objectives.distillation.hedgehog_distillation import HedgehogDistillation as HedgehogDistillation
 from pretrain.objectives.distillation.pela_pretraining import PELAPretraining as PELAPretraining
 from pretrain.objectives.distillation.read_me_router import ReadMeRouter as ReadMeRouter
+from pretrain.objectives.distillation.salt import SALT as SALT
 from pretrain.objectives.distillation.self_distillation import SelfDistillation as SelfDistillation
 from pretrain.objectives.distillation.well_read_students import WellReadStudents as WellReadStudents
 from pretrain.objectives.efficiency.cache_augmentation import CacheAugmentation as CacheAugmentation

@@ -134,6 +134,11 @@ class Objective(Method):
         return self.predicted
 
     @property
+    def teaching(self) -> float:
+        """The share of training in which such a model is run."""
+        return 1.0
+
+    @property
     def effort(self) -> float:
         """What a step computes in blocks, the model's and others, next to one pass of the model and back."""
         return 1.0

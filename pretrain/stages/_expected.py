@@ -209,7 +209,8 @@ def _work(stage: Asked, shape: Shape, model: Left, given: Given, rate: float) ->
         if model.tuning:
             each += _beside(shape, model.tuning, round(seen), targets)
         flops += (each - head) * objective.effort + head
-        flops += sum(teacher.forward(round(length), taught) for teacher in _teachers(objective, given))
+        read = sum(teacher.forward(round(length), taught) for teacher in _teachers(objective, given))
+        flops += read * objective.teaching
     flops = flops * seen + convolutions(model.config, stage.length)
     if decoder := reconstructor(model.config):
         flops += decoder[0].flops(round(decoder[1])) * decoder[1]
