@@ -48,3 +48,10 @@ def test_of_texts_without_labels_nothing_is_kept_in_memory(monkeypatch):
     labels = Labels()
     list(labels.over(rows(100)))
     assert len(labels.first) == 10
+
+
+def test_of_numbers_that_are_learnt_every_text_with_two_is_counted_however_many_there_are():
+    texts = [{"text": f"words {n % 150}", "price": n / 7, "views": n / 3} for n in range(200)]
+    labels = Labels(["price"])
+    list(labels.over(texts))
+    assert labels.contradicting == {"price": {"texts": 50, "kept": False}}

@@ -207,6 +207,43 @@ def test_numbers_far_from_zero_that_are_not_standardised_are_said(tiny, context)
         objective.begin(model, [0, 5, 2.5], fresh=True)
 
 
+def test_logarithms_are_learnt_and_numbers_predicted_and_measured(tiny, context) -> None:
+    objective, model = method_class("regression")(log=True, standardise=True), regressor(tiny, context, "bert")
+    some, values = examples({"text": "a", "label": 3}, {"text": "b c", "label": 300_000}), [3.0, 900.0, 300_000.0]
+    batch = objective.prepare(some, context)
+    assert batch["number_B"].tolist() == pytest.approx(np.log([3, 300_000]))
+    objective.begin(model, values, fresh=True)
+    predicted = objective.predict(model, batch, context)
+    objective.end(model, None)
+    with torch.no_grad():
+        written_B = model(batch["tokens_BL"], attention_mask=batch["mask_BL"]).logits[:, 0]
+    assert predicted == pytest.approx(written_B.exp().tolist(), rel=1e-4)
+    metrics = objective.metrics([30.0, 3e4], objective.expected(some, context))
+    assert metrics["mse_of_log"] == pytest.approx(np.log(10) ** 2)
+    assert metrics["mse"] == pytest.approx((27**2 + 270_000**2) / 2) and set(metrics) == set(objective.metric_names)
+    with pytest.raises(PretrainError, match="log: false: the model has learnt logarithms; accepted: true"):
+        method_class("regression")().predict(model, batch, context)
+    with pytest.raises(PretrainError, match="holds 0; accepted: numbers above 0, or log: false"):
+        objective.labels([1, 0])
+
+
+def test_numbers_over_decades_whose_logarithms_are_not_learnt_are_said(tiny, context) -> None:
+    prices = [float(10 ** (n % 5)) for n in range(200)]
+    with pytest.warns(PretrainWarning, match="'price' span 4.0 decades, .*; log: true learns their logarithms"):
+        method_class("regression")("price", standardise=True).begin(
+            regressor(tiny, context, "bert"), prices, fresh=True
+        )
+    with catch_warnings():
+        simplefilter("error")
+        for fields, numbers in (
+            ({"log": True}, prices),
+            ({}, [*prices, -1.0]),
+            ({}, [float(n) for n in range(50, 99)]),
+        ):
+            objective = method_class("regression")("price", standardise=True, **fields)
+            objective.begin(regressor(tiny, context, "bert"), numbers, fresh=True)
+
+
 def test_a_mean_that_bfloat16_cannot_hold_is_written_wider(tiny, context) -> None:
     objective, years = method_class("regression")(standardise=True), [2019.0, 2021.0, 2025.0]
     model = regressor(tiny, context, "bert")

@@ -397,3 +397,34 @@ def test_words_with_commas_are_labels(here):
     lines = [f"{words(rng)} {n};{['north,1', 'south,2'][n % 2]}" for n in range(60)]
     (here / "t.csv").write_text("\n".join(["text;side", *lines]))
     assert "2 labels in side" in new("t.csv")
+
+
+def test_numbers_over_decades_are_learnt_by_their_logarithms_and_other_numbers_are_told(here):
+    rng = random.Random(0)
+    rows = [(words(rng), round(10 ** rng.uniform(0, 5), 2), rng.randint(10, 900)) for _ in range(200)]
+    write("wide.csv", ("text", "price", "pages"), rows)
+    printed = new("wide.csv", "--output", "wide.yaml")
+    assert "the numbers in price span 4." in printed and "the label may as well be pages: --label" in printed
+    written = Path("wide.yaml").read_text()
+    assert written.count("log: true") == 2  # where it is trained and where it is measured
+    write("narrow.csv", ("text", "price"), [(text, 50 + price % 9) for text, price, _ in rows])
+    assert "decades" not in new("narrow.csv", "--output", "narrow.yaml")
+    assert "log: true" not in Path("narrow.yaml").read_text()
+
+
+def test_texts_with_more_than_one_number_are_told(here):
+    rng = random.Random(0)
+    texts = [f"{words(rng)} {n}" for n in range(280)]
+    write("twice.csv", ("text", "price"), [(text, n / 10 + 0.05) for n, text in enumerate([*texts, *texts[:20]])])
+    assert "40 rows of 20 texts that stand with more than one price" in new("twice.csv", "--output", "twice.yaml")
+
+
+def test_of_labels_of_which_one_has_nearly_all_rows_it_is_told_what_to_look_at(here):
+    rng = random.Random(0)
+    rows = [(f"{words(rng)} {n}", "rare" if n % 12 == 0 else "usual") for n in range(240)]
+    write("uneven.csv", ("text", "priority"), rows)
+    for more in ([], ["--label", "priority"]):
+        printed = new("uneven.csv", "--output", "r.yaml", "--force", *more)
+        assert "92% of the rows are 'usual'" in printed and "macro_f1" in printed
+    write("even.csv", ("text", "priority"), [(text, "ab"[n % 2]) for n, (text, _) in enumerate(rows)])
+    assert "macro_f1" not in new("even.csv", "--output", "e.yaml")

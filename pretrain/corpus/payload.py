@@ -222,10 +222,12 @@ def _series(value: object) -> NDArray[np.float32]:
 class Labels:
     """Which texts stand with more than one label, of documents that are seen one after another.
 
-    Which column is the label is not known: all are counted that can be, of short values that come again.
+    Which column is the label is not known: all are counted that can be, of short values that come again, and those of
+    `numbers`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: Iterable[str] = ()) -> None:
+        self.numbers = frozenset(numbers)
         self.first: dict[bytes, dict[str, int]] = {}  # of each content the values that it stood with first, hashed
         self.values: dict[str, set[int]] = {}  # of each column, up to one more than labels have
         self.contents: dict[str, set[bytes]] = {}  # of each column those with different values
@@ -242,7 +244,10 @@ class Labels:
             self._see(document)
             yield document
         most = min(MOST_LABELS, OWN * self.rows)
-        texts = {name: len(keys) for name, keys in sorted(self.contents.items()) if len(self.values[name]) <= most}
+        texts = {
+            name: len(keys) for name, keys in sorted(self.contents.items())
+            if name in self.numbers or len(self.values[name]) <= most
+        }  # fmt: skip
         self.contradicting.update({name: {"texts": count, "kept": belongs(name)} for name, count in texts.items()})
 
     def _see(self, document: Document) -> None:

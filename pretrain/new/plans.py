@@ -11,7 +11,7 @@ from pathlib import Path
 
 from pretrain.core.folders import tokenizer_of
 from pretrain.core.quick.machine import efficiency, likely_beside, likely_rate
-from pretrain.core.quick.quantities import short
+from pretrain.core.quick.quantities import WIDE, short
 from pretrain.corpus.sources._files import evenly
 from pretrain.dial import choose as dial
 from pretrain.dial.law import NEARLY_NEW, load, worth
@@ -244,6 +244,7 @@ def _objective(table: Table, *, training: bool = False) -> str:
     )
     fields = {"method": method, column: str(table.label)} | ({"pair": table.pair} if table.pair else {})
     more = ", standardise: true" if training and table.kind == "regress" else ""
+    more += ", log: true" if table.kind == "regress" and table.decades >= WIDE else ""
     return f"{{{', '.join(f'{name}: {quoted(value)}' for name, value in fields.items())}{more}}}"
 
 

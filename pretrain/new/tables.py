@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pretrain.core.errors import PretrainError, nearest
+from pretrain.core.quick.quantities import decades
 from pretrain.corpus.sources._containers import ending, reader_of
 from pretrain.corpus.sources._files import Document, given, name_of
 from pretrain.corpus.sources._skipped import Skipped
@@ -57,6 +58,7 @@ class Table:
     more: str | None = None  # of what stands between the text and the answer
     counts: tuple[tuple[str, int], ...] = ()  # rows of each label, the commonest first
     numeric: bool = False  # whether the labels are numbers
+    decades: float = 0.0  # of numbers to be learnt, all above 0: powers of ten that they span
     commas: str = ""  # one of these with a comma, which is not read as a number
     faults: tuple[Fault, ...] = ()  # rows that are left out
     odd: tuple[Fault, ...] = ()  # rows that are left out too where numbers are learnt: their label is none
@@ -128,7 +130,7 @@ def read_table(
         faults += lacking(some, column, f"without a {column}", f"required: {column}")
     doubtful = (
         []
-        if table.label is None or table.kind != "classify"
+        if table.label is None or table.kind not in ("classify", "regress")
         else contradicting(placed, [table.text, *filter(None, [table.pair])], table.label)
     )
     unused = [name for name in columns if name not in (table.text, table.pair, table.label, table.more)]
@@ -263,10 +265,13 @@ def _labelled(seen: Table, rows: Rows, text: str | None, label: str | None) -> T
     named_all = (column, *(pair[1:] if pair else ()), chosen)
     whole = [row for row in rows if all(given(row, name) for name in named_all)]  # those that are documents
     doubts = () if label else tuple(n for n in candidates if n != chosen and (named is None or n.lower() in LABELS))
+    if kind == "regress" and label is None:  # other numbers may be meant as well
+        doubts += tuple(n for n in others if n not in (chosen, *doubts) and _may_be_learnt(rows, n))
     commas = next((str(value) for value in values if _has_comma(value)), "") if numeric else ""
     return replace(
         seen, kind=kind, text=column, commas=commas, pair=pair[1] if pair else None, label=chosen, doubts=doubts,
-        numeric=numeric, counts=tuple(Counter(str(row[chosen]) for row in whole).most_common()),
+        numeric=numeric, decades=_decades(values) if kind == "regress" else 0.0,
+        counts=tuple(Counter(str(row[chosen]) for row in whole).most_common()),
     )  # fmt: skip
 
 
@@ -303,6 +308,18 @@ def _is_quantity(values: Sequence[object]) -> bool:
     if any(map(_has_comma, values)):
         return True
     return len(numbers) > MOST_RATINGS or any(value != int(value) for value in numbers)
+
+
+def _may_be_learnt(rows: Rows, column: str) -> bool:
+    """Whether a column holds numbers that say how much, under whatever name but that of a date or a number of rows."""
+    values = _values(rows, column)
+    if _words(column) & set(BESIDES) or _names_rows(column, values):
+        return False
+    return len(values) > 1 and _is_numeric(values) and _is_quantity(values)
+
+
+def _decades(values: Sequence[object]) -> float:
+    return decades([float(str(value)) for value in values if is_number(value)])
 
 
 def _has_comma(value: object) -> bool:

@@ -10,6 +10,7 @@ from pretrain.new.look import Look
 from pretrain.new.tables import Table
 
 LABELS = 12  # that are told with their rows
+UNEVEN = 0.8  # of the rows, from which on one label is said to have nearly all
 COLUMNS = 8  # that are told by their names
 RESERVED = ("yes", "no", "on", "off", "true", "false", "null", "y", "n", "~")
 PAIRED = ("classify", "regress")  # kinds of tables that may have two texts a row
@@ -69,6 +70,15 @@ def labels(table: Table) -> str:
     if len(counts) > LABELS:
         counts = [*counts[: LABELS // 2], "…", *counts[-LABELS // 2 :]]
     return f"rows of each label{looked_at(table)}: {', '.join(counts)}"
+
+
+def uneven_labels(table: Table) -> str:
+    """What is said of labels of which one has nearly all rows; empty of others."""
+    (name, most), every = table.counts[0], sum(count for _, count in table.counts)
+    if most < UNEVEN * every:
+        return ""
+    share = f"{most / every:.0%}"
+    return f"{share} of the rows are {name!r}: to say so always is as often right; macro_f1 tells more than accuracy"
 
 
 def commented(words: str) -> str:

@@ -13,7 +13,7 @@ import typer
 from pretrain.core.errors import PretrainError, nearest, unknown
 from pretrain.core.files import output_file, write_text
 from pretrain.core.foreign.paths import expanded
-from pretrain.core.quick.quantities import quantity
+from pretrain.core.quick.quantities import WIDE, quantity
 from pretrain.corpus.payload import belongs
 from pretrain.new import TASKS
 from pretrain.new.fitting import fitted
@@ -21,7 +21,7 @@ from pretrain.new.look import Look, look
 from pretrain.new.plans import Asked
 from pretrain.new.start import Start, start_of
 from pretrain.new.tables import MOST_CLASSES, OWN, Table
-from pretrain.new.words import contents, labels, looked_at, unused
+from pretrain.new.words import contents, labels, looked_at, uneven_labels, unused
 
 NAMED, HEAD = re.compile(r"^name: *['\"]?([\w.-]+)", re.M), 10_000  # of a recipe, in so many bytes
 BEGIN = {"continue": "goes on with", "chat": "tunes", "compress": "makes smaller"}
@@ -283,6 +283,10 @@ def _say(asked: Asked, target: Path, guessed: bool, odd: Sequence[str]) -> None:
         taken, other = ("classes", "regress") if asked.task == "classify" else ("a quantity", "classify")
         otherwise = f": else --task {other}" if other == "regress" or _may_be_classes(table) else ""
         notes.append(f"the numbers in {table.label} are taken for {taken}{otherwise}")
+    if table is not None and asked.task == "regress" and table.decades >= WIDE:
+        notes.append(
+            f"the numbers in {table.label} span {table.decades:.1f} decades: their logarithms are learnt (log)"
+        )
     if table is not None and table.kind == "tag" and not guessed and asked.task == "classify":
         notes.append(f"{table.label} has a tag for each word, so --task classify gives each word one (tagging)")
     if table is not None and table.doubts and asked.task in LABELLED:
@@ -308,11 +312,13 @@ def _say(asked: Asked, target: Path, guessed: bool, odd: Sequence[str]) -> None:
         typer.echo("; ".join(notes))
     if table is not None and asked.task == "classify" and table.counts:
         typer.echo(labels(table))
+        if skewed := uneven_labels(table):
+            typer.echo(skewed)
     for fault in table.left_out if table is not None else ():
         typer.echo(f"{fault}" + (f"; left out by {fault.field}" if fault.field else ""))
-    if table is not None and asked.task == "classify":
+    if table is not None and asked.task in LABELLED:
         kept = "all are kept" if belongs(str(table.label)) else "the first of each text is kept"
         for fault in table.contradicting:
-            typer.echo(f"{fault}: {kept}; settle which label is right")
+            typer.echo(f"{fault}: {kept}; settle which is right")
     for line in odd:
         typer.echo(f"warning: {line}")

@@ -49,6 +49,13 @@ def regression(predictions: Sequence[float], references: Sequence[float]) -> dic
     }
 
 
+def log_error(predictions: Sequence[float], references: Sequence[float]) -> float:
+    """The mean squared error of natural logarithms; a prediction that is not above 0 counts as the least number."""
+    least = np.finfo(float).tiny
+    p, r = np.asarray(predictions, float).clip(least), np.asarray(references, float).clip(least)
+    return float(np.mean((np.log(p) - np.log(r)) ** 2))
+
+
 def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
     """The `(type, start, end)` of a sequence's entities; an I- that follows no entity of its type begins one."""
     spans, start, kind = set(), 0, None

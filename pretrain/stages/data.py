@@ -209,7 +209,7 @@ class Data(Stage):
         again = before.again() if before else ()
         split = self._split(before, job.say)
         fresh = (document for source in self.sources for document in kinds.read(source, skipped))
-        labels = Labels()
+        labels = Labels(name for source in self.sources for name in getattr(source, "numbers", ()))
         stream = reported(labels.over(chain(again, fresh)), job.say, "documents read")
         facts: Record = {"sources": [kinds.described(source) for source in self.sources], "split": dict(split)}
         spent: list[int] = []

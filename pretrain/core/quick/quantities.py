@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
@@ -185,3 +186,15 @@ def duration(seconds: float) -> str:
 def counted(number: int, what: str) -> str:
     """`1 run`, `2 runs`, `1,000 runs`."""
     return f"{number:,} {what}" + ("" if number == 1 else "s")
+
+
+FEWEST, WIDE = 20, 2.0  # numbers that tell how far they reach, and powers of ten from which on logarithms are advised
+
+
+def decades(numbers: Sequence[float]) -> float:
+    """How many powers of ten numbers span, but for the hundredth part at each end; 0 where some are not above 0."""
+    if len(numbers) < FEWEST or min(numbers) <= 0:
+        return 0.0
+    ends = len(numbers) // 100
+    inner = sorted(numbers)[ends : len(numbers) - ends]
+    return math.log10(inner[-1] / inner[0])

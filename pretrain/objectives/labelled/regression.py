@@ -14,9 +14,10 @@ from torch import nn
 from pretrain.core.batch import Batch, Context, Example, Row, Vocabulary
 from pretrain.core.errors import PretrainError, warn
 from pretrain.core.models.heads import NUMBER, last_linear, with_head
+from pretrain.core.quick.quantities import WIDE, decades
 from pretrain.objectives import Loss
 from pretrain.objectives._fine_tuning import classified, examples_of, named, read
-from pretrain.objectives._metrics import regression
+from pretrain.objectives._metrics import log_error, regression
 from pretrain.objectives.labelled import FineTuning
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ if TYPE_CHECKING:
 
 
 FAR = 10.0  # labels that lie further from 0 take long to reach; STS-B's are 0 to 5
+METRICS = ("mse", "mse_of_mean", "pearson", "spearman")
 ROUNDED = 0.01  # of their deviation, by which written numbers may be off
+LOGARITHMS = "logarithms_of_labels"  # the field of a model's config that says that its outputs are such
 SCALE = "pretrain_scale"  # the attribute of a last layer that learns standardised numbers
 
 
@@ -50,15 +53,24 @@ class Regression(FineTuning[float]):
     `standardise` it learns (`label` - m) / s instead, m the mean and s the standard deviation of the training labels
     (0 and the root mean square for a last layer without bias). What is predicted and measured are numbers as the labels
     are, and so are the outputs of what is written: s (w · h + b) + m = (s w) · h + (s b + m).
+
+    Of numbers that span decades, as prices do, the squared error is that of the largest. With `log` it learns ln(label)
+    of labels above 0. What is predicted and measured are numbers as the labels are, `mse_of_log` is the squared error
+    of natural logarithms; the outputs of what is written are logarithms, as its config says.
     """
 
     headed: ClassVar[bool] = True
-    metric_names: ClassVar[tuple[str, ...]] = ("mse", "mse_of_mean", "pearson", "spearman")
 
     label: str = "label"
     text: str = "text"
     pair: str | None = None
     standardise: bool = False
+    log: bool = False
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Those of `metrics`."""
+        return (*METRICS, *(["mse_of_log"] if self.log else []))
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -68,7 +80,7 @@ class Regression(FineTuning[float]):
     def labels(self, values: Iterable[object]) -> tuple[str, ...]:
         """One output; the values must be numbers."""
         for value in values:
-            _number(value, self.label)
+            self._learnt(_number(value, self.label))
         return (NUMBER,)
 
     def ready(
@@ -80,7 +92,15 @@ class Regression(FineTuning[float]):
     @torch.no_grad()
     def begin(self, model: PreTrainedModel, values: Iterable[object], *, fresh: bool) -> None:
         """Let the last layer learn standardised numbers; where none are asked for, say so of labels far from 0."""
-        number_N = torch.tensor([_number(value, self.label) for value in values], dtype=torch.float64)
+        if self.log or hasattr(model.config, LOGARITHMS):
+            setattr(model.config, LOGARITHMS, self.log)
+        numbers = [_number(value, self.label) for value in values]
+        if not self.log and decades(numbers) >= WIDE:
+            warn(
+                f"regression: the numbers in {self.label!r} span {decades(numbers):.1f} decades, so that the error is "
+                "that of the largest; log: true learns their logarithms"
+            )
+        number_N = torch.tensor([self._learnt(number) for number in numbers], dtype=torch.float64)
         mean, deviation = float(number_N.mean()), float(number_N.std(correction=0))
         if not self.standardise:
             if max(abs(mean), deviation) > FAR:
@@ -125,7 +145,7 @@ class Regression(FineTuning[float]):
         """`tokens_BL`, `mask_BL`, `segment_BL` and `number_B`."""
         examples = examples_of(rows, self.name)
         batch = read(examples, self.text, self.pair, context)
-        batch["number_B"] = torch.tensor(self.expected(examples, context))
+        batch["number_B"] = torch.tensor([self._learnt(number) for number in self.expected(examples, context)])
         batch["weight"] = torch.tensor(len(examples))
         return batch
 
@@ -136,16 +156,34 @@ class Regression(FineTuning[float]):
 
     def predict(self, model: PreTrainedModel, batch: Batch, context: Context) -> list[float]:
         """A number for each example."""
+        if getattr(model.config, LOGARITHMS, False) is not self.log:
+            words = ("logarithms", "true") if not self.log else ("no logarithms", "false")
+            raise PretrainError(
+                f"regression: log: {str(self.log).lower()}: the model has learnt {words[0]}; accepted: {words[1]}"
+            )
         scale = scale_of(model)
-        return (classified(model, batch).float().squeeze(-1) * scale.deviation + scale.mean).tolist()
+        output_B = classified(model, batch).float().squeeze(-1) * scale.deviation + scale.mean
+        return (output_B.exp() if self.log else output_B).tolist()
 
     def expected(self, examples: Sequence[Example], context: Context) -> list[float]:
         """The numbers."""
         return [_number(example.columns[self.label], self.label, f"{named(example)}: ") for example in examples]
 
     def metrics(self, predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:
-        """Mean squared error, Pearson's and Spearman's correlation."""
-        return regression(predictions, references)
+        """Mean squared error, Pearson's and Spearman's correlation; with `log` also the error of the logarithms."""
+        metrics = regression(predictions, references)
+        return metrics | ({"mse_of_log": log_error(predictions, references)} if self.log else {})
+
+    def _learnt(self, number: float) -> float:
+        """What is learnt in a number's place."""
+        if not self.log:
+            return number
+        if number <= 0:
+            raise PretrainError(
+                f"regression: log: true: column {self.label!r} holds {number:g}; accepted: numbers above 0, or "
+                "log: false"
+            )
+        return math.log(number)
 
 
 def _number(value: object, column: str, whose: str = "") -> float:
