@@ -30,11 +30,11 @@ from pretrain.cli import app
 from pretrain.core import checkpoint
 from pretrain.core.errors import PretrainError, PretrainWarning
 from pretrain.core.folders import newest_checkpoint
-from pretrain.core.models.heads import NUMBER, with_head
+from pretrain.core.models.heads import LOGARITHMS, NUMBER, with_head
 from pretrain.corpus.store import write_corpus
 from pretrain.corpus.tokenizers import train_tokenizer
 from pretrain.inference import rows as reading
-from pretrain.inference.heads import spans
+from pretrain.inference.heads import evaluation_for, spans
 from pretrain.inference.predict import open_head, predict_file, predictions
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -138,6 +138,16 @@ def test_pairs_several_labels_and_numbers_too(places, words):
         assert list(row["scores"].values()) == pytest.approx(p_C, abs=1e-5)
     for row, text in zip(pretrain.predict(places["number"], TEXTS), TEXTS, strict=True):
         assert row == {"value": pytest.approx(float(alone(places["number"], words, text)), rel=1e-4, abs=1e-5)}
+
+
+def test_of_a_model_that_has_learnt_logarithms_numbers_are_told(places, words, tmp_path):
+    model, tokenizer = checkpoint.load(places["number"])
+    setattr(model.config, LOGARITHMS, True)
+    checkpoint.save(model, tokenizer, tmp_path / "logs")
+    for row, text in zip(pretrain.predict(tmp_path / "logs", TEXTS), TEXTS, strict=True):
+        assert row["value"] == pytest.approx(float(alone(places["number"], words, text).exp()), rel=1e-4, abs=1e-5)
+    evaluation = evaluation_for(model, {}, "price")
+    assert evaluation == {"method": "task", "objective": {"method": "regression", "label": "price", "log": True}}
 
 
 def test_a_causal_classifier_without_a_token_for_padding_reads_each_texts_last_token(places, words):

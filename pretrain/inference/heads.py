@@ -22,7 +22,7 @@ from pretrain.core.encoding import Encoder, encoded, text_of
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import at, in_table, is_causal
 from pretrain.core.models.features import evaluating
-from pretrain.core.models.heads import labels_of
+from pretrain.core.models.heads import LOGARITHMS, labels_of
 from pretrain.core.processors import Processor, tokenizer_in
 from pretrain.core.quick.positions import positions
 from pretrain.corpus.sources import Document
@@ -212,7 +212,8 @@ def _several(head: Head, documents: Sequence[Document]) -> list[Predicted]:
 
 
 def _number(head: Head, documents: Sequence[Document]) -> list[Predicted]:
-    rows = _logits(head, documents).tolist()
+    output_BC = _logits(head, documents)
+    rows = (output_BC.exp() if getattr(head.model.config, LOGARITHMS, False) else output_BC).tolist()
     return [{"value": _rounded(values[0]) if len(values) == 1 else list(map(_rounded, values))} for values in rows]
 
 
@@ -316,6 +317,8 @@ def evaluation_for(
         )
     method = METHODS.get(kind, "prompt_classification")
     known = asdict(objective) if objective is not None and objective.name == method else {}
+    if getattr(model.config, LOGARITHMS, False):
+        known["log"] = True
     given = {{"tags": "tags", "answer": "target"}.get(kind, "label"): label, "pair": pair}
     chosen = {"method": method} | known | {name: value for name, value in given.items() if value is not None}
     return {"method": "task", "objective": chosen}

@@ -24,6 +24,7 @@ from pretrain.core.models.initial import model_for
 
 HEADS: dict[str, Any] = {"sequence": AutoModelForSequenceClassification, "token": AutoModelForTokenClassification}
 NUMBER = "number"  # the name of the one output of a regression
+LOGARITHMS = "logarithms_of_labels"  # the field of a regression's config that says that its outputs are such
 _OUTPUTS = ("classifier", "score", "classification_head")  # the names that `transformers` gives the last layer
 
 

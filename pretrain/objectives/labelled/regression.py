@@ -13,7 +13,7 @@ from torch import nn
 
 from pretrain.core.batch import Batch, Context, Example, Row, Vocabulary
 from pretrain.core.errors import PretrainError, warn
-from pretrain.core.models.heads import NUMBER, last_linear, with_head
+from pretrain.core.models.heads import LOGARITHMS, NUMBER, last_linear, with_head
 from pretrain.core.quick.quantities import WIDE, decades
 from pretrain.objectives import Loss
 from pretrain.objectives._fine_tuning import classified, examples_of, named, read
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 FAR = 10.0  # labels that lie further from 0 take long to reach; STS-B's are 0 to 5
 METRICS = ("mse", "mse_of_mean", "pearson", "spearman")
 ROUNDED = 0.01  # of their deviation, by which written numbers may be off
-LOGARITHMS = "logarithms_of_labels"  # the field of a model's config that says that its outputs are such
 SCALE = "pretrain_scale"  # the attribute of a last layer that learns standardised numbers
 
 
