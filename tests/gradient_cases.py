@@ -306,6 +306,8 @@ def _needed(
         values["teacher"] = str(place)
     if "languages" in missing:
         values["languages"] = {"kept": "deu_Latn", "forgotten": "rus_Cyrl"}
+    if "tags" in missing:
+        values["tags"] = {"tags": ("B-a", "O")}
     if "forget" in missing:
         values["forget"] = "forgotten"
     assert missing == values.keys(), f"no value for {missing - values.keys()} of {name}: give one here"

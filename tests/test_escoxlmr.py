@@ -20,7 +20,7 @@ from pretrain.corpus.sources.knowledge.wordnet import concept
 from pretrain.data._work import working
 from pretrain.data.rewriting.taxonomy_pairs import TaxonomyPairs
 from pretrain.objectives._fine_tuning import segments
-from pretrain.objectives.language.relation_prediction import RelationPrediction
+from pretrain.objectives.knowledge.relation_prediction import RelationPrediction
 
 # Two groups of 30, one document whose group is its own, concepts of three.
 ROWS = [{"text": f"t{n}", "concept": f"c{n // 3}", "domain": "alone" if n == 60 else f"g{n // 30}"} for n in range(61)]

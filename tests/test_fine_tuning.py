@@ -28,7 +28,7 @@ from pretrain.corpus.tokenizers import load_tokenizer
 from pretrain.engine import run, silent
 from pretrain.objectives import _metrics
 from pretrain.objectives._fine_tuning import framed
-from pretrain.objectives.labelled.tagging import word_of_tokens
+from pretrain.objectives._words import words_of_characters, words_of_tokens
 from pretrain.stages import build_method
 
 HEADLESS = {"llama": "causal", "gpt2": "causal", "bert": "masked", "modernbert": "masked", "t5": "seq2seq"}
@@ -258,9 +258,9 @@ def test_a_mean_that_bfloat16_cannot_hold_is_written_wider(tiny, context) -> Non
 def test_words_are_read_at_their_first_or_last_token(context) -> None:
     text = "  extraordinary  (os) x"
     ids, spans = context.encoder.spans(text)
-    words = word_of_tokens(text, spans)
+    words = words_of_tokens(words_of_characters(text), spans)
     assert sorted(filter(None, words)) == [1, 2, 3]
-    last = word_of_tokens(text, spans, "last")
+    last = words_of_tokens(words_of_characters(text), spans, "last")
     assert sorted(filter(None, last)) == [1, 2, 3] and last.index(1) > words.index(1)
     assert words.index(2) > last.index(1) and last.index(3) == len(ids) - 1
 

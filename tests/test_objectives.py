@@ -13,7 +13,7 @@ from pretrain.core.batch import Context, Row, Vocabulary
 from pretrain.core.errors import PretrainError
 from pretrain.corpus.shards import Shards
 from pretrain.corpus.tokenizers import load_tokenizer
-from pretrain.objectives.language._masking import choose_spans, choose_words, corrupt
+from pretrain.objectives._masking import choose_spans, choose_words, corrupt
 from pretrain.objectives.language.causal_lm import CausalLM
 from pretrain.objectives.language.electra import Electra
 from pretrain.objectives.language.masked_lm import MaskedLM

@@ -918,3 +918,19 @@ def test_the_recipe_of_a_cascade_filters_two_languages_and_goes_on_with_a_deeper
     assert found["clean_pages"]["documents/test"] == found["raw_pages"]["documents/test"]
     assert json.loads((tmp_path / "deeper/checkpoint/config.json").read_text())["num_hidden_layers"] == 12
     assert all(found[f"measured_{n}"]["bits_per_byte"] > 0 for n in ("raw", "clean", "longer", "deeper"))
+
+
+@pytest.mark.processes
+def test_the_recipe_of_tags_and_order_has_both_beside_hidden_tokens(tmp_path, package):
+    package(debian="python3-jieba")
+    package(debian="manpages-zh")
+    trained = ("linguistic", "masked", "tuned_linguistic", "tuned_masked", "tuned_robust")
+    few = "[{manuals: usr/share/man/zh_CN/man5, package: {debian: manpages-zh}}]"
+    settings = [
+        "words.vocab_size=512", f"pages.sources={few}", "pages.operations.1={method: deduplicate}",
+        *small("linguistic", "masked"), *short(*trained),
+    ]  # fmt: skip
+    found = finite(engine.run(load(ROOT / "recipes/papers/mengzi.yaml", settings, tmp_path), say=lambda text: None))
+    assert all(0 <= found[f"task_{name}"]["accuracy"] <= 1 for name in ("linguistic", "masked", "robust"))
+    report = json.loads((tmp_path / "pages/corpus/corpus.json").read_text())["operations"][-1]
+    assert report["dictionary"] == 349045 and set(report["entities"]) <= {"O", "nr", "nrt", "ns", "nt", "nz"}

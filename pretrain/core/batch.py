@@ -141,6 +141,11 @@ class Vocabulary:
         return special_V
 
     @cached_property
+    def ordinary(self) -> NDArray[np.int64]:
+        """The ids of all other tokens."""
+        return np.flatnonzero(~self.special_V)
+
+    @cached_property
     def starts_word_V(self) -> NDArray[np.bool_]:
         """Which tokens begin a word: with the space mark of byte-level BPE or Unigram, or without WordPiece's ##."""
         marks = ("Ġ", "▁", "Ċ", "ĉ")

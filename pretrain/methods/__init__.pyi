@@ -21,6 +21,7 @@ from pretrain.data.generation.spin import Spin as Spin
 from pretrain.data.generation.transform_llm import TransformLLM as TransformLLM
 from pretrain.data.generation.wrap import Wrap as Wrap
 from pretrain.data.rewriting.clear import Clear as Clear
+from pretrain.data.rewriting.dictionary_tags import DictionaryTags as DictionaryTags
 from pretrain.data.rewriting.grammatical_errors import GrammaticalErrors as GrammaticalErrors
 from pretrain.data.rewriting.label_noise import LabelNoise as LabelNoise
 from pretrain.data.rewriting.mask_pii import MaskPii as MaskPii
@@ -93,6 +94,8 @@ from pretrain.objectives.efficiency.cache_augmentation import CacheAugmentation 
 from pretrain.objectives.efficiency.deft import Deft as Deft
 from pretrain.objectives.efficiency.flexi_depth_lm import FlexiDepthLM as FlexiDepthLM
 from pretrain.objectives.generic.native import Native as Native
+from pretrain.objectives.knowledge.linguistic_mlm import LinguisticMLM as LinguisticMLM
+from pretrain.objectives.knowledge.relation_prediction import RelationPrediction as RelationPrediction
 from pretrain.objectives.labelled.chat import Chat as Chat
 from pretrain.objectives.labelled.classification import Classification as Classification
 from pretrain.objectives.labelled.multiple_choice import MultipleChoice as MultipleChoice
@@ -111,7 +114,6 @@ from pretrain.objectives.language.masked_lm import MaskedLM as MaskedLM
 from pretrain.objectives.language.masking_curriculum import MaskingCurriculum as MaskingCurriculum
 from pretrain.objectives.language.prefix_lm import PrefixLM as PrefixLM
 from pretrain.objectives.language.random_token_substitution import RandomTokenSubstitution as RandomTokenSubstitution
-from pretrain.objectives.language.relation_prediction import RelationPrediction as RelationPrediction
 from pretrain.objectives.language.span_corruption import SpanCorruption as SpanCorruption
 from pretrain.objectives.language.ul2 import UL2 as UL2
 from pretrain.objectives.preference.dpo import DPO as DPO

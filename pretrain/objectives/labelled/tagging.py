@@ -15,6 +15,7 @@ from pretrain.core.models.heads import labels_of, with_head
 from pretrain.objectives import Loss
 from pretrain.objectives._fine_tuning import classified, examples_of, inputs_of, named
 from pretrain.objectives._metrics import tagging
+from pretrain.objectives._words import words_of_characters, words_of_tokens
 from pretrain.objectives.labelled import FineTuning
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Tagging(FineTuning[list[str]]):
             ids, spans = context.encoder.spans(str(example.columns[self.text]))
             context.cut.update({place} if len(ids) > room else ())
             inputs.append(([*begin, *ids[:room], *end], len(begin) + min(len(ids), room) + len(end)))
-            words = word_of_tokens(str(example.columns[self.text]), spans, self.token)[:room]
+            words = words_of_tokens(words_of_characters(str(example.columns[self.text])), spans, self.token)[:room]
             places.append([0] * len(begin) + words)
         batch = inputs_of(inputs, context)
         word_BL = torch.zeros_like(batch["tokens_BL"])
@@ -139,15 +140,3 @@ def _tags(value: object) -> list[str]:
     if not isinstance(value, Iterable):
         raise PretrainError(f"tagging: tags {value!r}: accepted: a list of tags, or a text of them")
     return [str(tag) for tag in value]
-
-
-def word_of_tokens(text: str, spans: Sequence[tuple[int, int]], token: str = "first") -> list[int]:
-    """For each token the number (from 1) of the word that it is the first (or last) of, else 0."""
-    number, words_C = 0, []
-    for place, character in enumerate(text):
-        if not character.isspace() and (place == 0 or text[place - 1].isspace()):
-            number += 1
-        words_C.append(0 if character.isspace() else number)
-    words = [next((word for word in words_C[start:end] if word), 0) for start, end in spans]
-    places = {word: place for place, word in (enumerate(words) if token == "last" else reversed([*enumerate(words)]))}
-    return [word if places[word] == place else 0 for place, word in enumerate(words)]

@@ -18,7 +18,7 @@ from pretrain.core.models.attention import attend
 from pretrain.core.models.cross_entropy import linear_cross_entropy
 from pretrain.core.models.families import Arguments, at, base
 from pretrain.objectives import Loss, Objective, summed
-from pretrain.objectives.language._masking import choose_words
+from pretrain.objectives._masking import choose_words
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from pretrain.core.bounds import PositiveShare, Share
 from pretrain.core.errors import PretrainError, unknown
 from pretrain.core.models.families import Apart, apart, at, base
 from pretrain.objectives import Loss, Objective
+from pretrain.objectives._masking import check_shares
 from pretrain.objectives._token_loss import token_loss
-from pretrain.objectives.language._masking import check_shares
 from pretrain.objectives.language.masked_lm import MaskedLM
 
 FOLDER = "languages"  # of a stage that trained with it

@@ -22,8 +22,8 @@ from pretrain.core.models.attention import attend
 from pretrain.core.models.cross_entropy import IGNORE, linear_cross_entropy
 from pretrain.core.models.families import at, blocks, embeddings, family, head
 from pretrain.objectives import Loss, Objective
+from pretrain.objectives._masking import check_shares
 from pretrain.objectives.language._encoder_blocks import embedded, last_norm, new_blocks, run
-from pretrain.objectives.language._masking import check_shares
 
 
 @dataclass(frozen=True)

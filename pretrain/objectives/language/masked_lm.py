@@ -15,8 +15,8 @@ from pretrain.core.bounds import PositiveShare, Share
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.cross_entropy import IGNORE
 from pretrain.objectives import Loss, Objective
+from pretrain.objectives._masking import check_shares, hide
 from pretrain.objectives._token_loss import token_loss
-from pretrain.objectives.language._masking import check_shares, choose_words
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,11 @@ class MaskedLM(Objective):
         rate = self.rate + (final - self.rate) * context.progress
         batch = rows_to_tensors(rows, context.length, vocabulary.pad)
         tokens_BL, target_BL = batch["tokens_BL"].numpy(), np.full(batch["tokens_BL"].shape, IGNORE)
-        ordinary = np.flatnonzero(~vocabulary.special_V)
         for b, row in enumerate(rows):
-            original_L = tokens_BL[b, : len(row.tokens_L)].copy()
-            chosen = np.flatnonzero(choose_words(original_L, rate, vocabulary, rng, self.whole_words))
-            target_BL[b, chosen] = original_L[chosen]
-            draw = rng.random(len(chosen))
-            tokens_BL[b, chosen[draw < self.masked]] = vocabulary.mask
-            swapped = chosen[(draw >= self.masked) & (draw < self.masked + self.random)]
-            tokens_BL[b, swapped] = rng.choice(ordinary, len(swapped))
+            n = len(row.tokens_L)
+            tokens_BL[b, :n], target_BL[b, :n] = hide(
+                tokens_BL[b, :n], rate, self.masked, self.random, vocabulary, rng, self.whole_words
+            )
         batch["target_BL"] = torch.from_numpy(target_BL)
         batch["weight"] = (batch["target_BL"] != IGNORE).sum()
         return batch

@@ -20,8 +20,8 @@ from pretrain.core.models.attention import attend
 from pretrain.core.models.cross_entropy import IGNORE
 from pretrain.core.models.families import at, base, embeddings
 from pretrain.objectives import Loss, Objective
+from pretrain.objectives._masking import choose_words
 from pretrain.objectives._token_loss import token_loss
-from pretrain.objectives.language._masking import choose_words
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from pretrain.core.errors import PretrainError
 from pretrain.core.models.cross_entropy import IGNORE, linear_cross_entropy
 from pretrain.core.models.families import encode_decode, head
 from pretrain.objectives import Loss, Objective
-from pretrain.objectives.language._masking import choose_spans, corrupt
+from pretrain.objectives._masking import choose_spans, corrupt
 
 Pair = tuple[NDArray[np.int64], NDArray[np.int64]]
 

@@ -14,7 +14,7 @@ from pretrain.core.batch import Batch, Context, Row
 from pretrain.core.bounds import Ge
 from pretrain.core.errors import PretrainError
 from pretrain.objectives import Loss, Objective
-from pretrain.objectives.language._masking import choose_spans, corrupt
+from pretrain.objectives._masking import choose_spans, corrupt
 from pretrain.objectives.language.span_corruption import Pair, pairs_loss, pairs_to_batch
 
 

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 
 from pretrain.core.batch import Vocabulary
 from pretrain.core.errors import PretrainError
+from pretrain.core.models.cross_entropy import IGNORE
 from pretrain.objectives._fill import fill
 
 
@@ -44,6 +45,22 @@ def choose_words(
     if not len(chosen):
         chosen = order[:1]
     return np.isin(word_L, chosen) & allowed_L
+
+
+def hide(
+    original_L: NDArray[np.int64], rate: float, masked: float, random: float, vocabulary: Vocabulary,
+    rng: np.random.Generator, whole_words: bool = False,
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:  # fmt: skip
+    """BERT's corruption of a row: its tokens with about `rate` of them hidden, and the targets, -100 elsewhere."""
+    assert vocabulary.mask is not None, "whoever hides tokens has asked for a mask"
+    tokens_L, target_L = original_L.copy(), np.full(len(original_L), IGNORE)
+    chosen = np.flatnonzero(choose_words(original_L, rate, vocabulary, rng, whole_words))
+    target_L[chosen] = original_L[chosen]
+    draw = rng.random(len(chosen))
+    tokens_L[chosen[draw < masked]] = vocabulary.mask
+    swapped = chosen[(draw >= masked) & (draw < masked + random)]
+    tokens_L[swapped] = rng.choice(vocabulary.ordinary, len(swapped))
+    return tokens_L, target_L
 
 
 def choose_spans(

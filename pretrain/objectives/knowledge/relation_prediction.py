@@ -1,6 +1,6 @@
 """Masked language modelling of pairs of descriptions, together with the relation of what they describe.
 
-Shape letters: B pairs, L tokens, E width, R relations.
+Shape letters: B pairs, L tokens, R relations.
 """
 
 from __future__ import annotations
@@ -9,18 +9,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pretrain.core.batch import Batch, Context, Example, Row
 from pretrain.core.bounds import NonNegative, PositiveShare, Share
 from pretrain.core.errors import PretrainError, brief, listed
-from pretrain.core.models.cross_entropy import IGNORE, linear_cross_entropy
-from pretrain.core.models.families import at, base, family, head
 from pretrain.objectives import Loss, Objective, summed
-from pretrain.objectives._fine_tuning import examples_of, named, read, segments
-from pretrain.objectives.language._masking import check_shares, choose_words
+from pretrain.objectives._fine_tuning import examples_of, named, read
+from pretrain.objectives._masking import check_shares
+from pretrain.objectives.knowledge._masked import encoded, hidden, masked_loss, new_pooled
 
 
 @dataclass(frozen=True)
@@ -71,24 +69,10 @@ class RelationPrediction(Objective):
 
     def prepare(self, rows: Sequence[Row] | Sequence[Example], context: Context) -> Batch:
         """`tokens_BL` with tokens hidden, `target_BL`, `mask_BL`, `segment_BL` and `relation_B`."""
-        examples, vocabulary, rng = examples_of(rows, self.name), context.vocabulary, context.rng
-        if vocabulary.mask is None:
-            raise PretrainError(f"{self.name}: no mask token; accepted: a tokenizer made with mask: true")
+        examples = examples_of(rows, self.name)
         batch = read(examples, self.text, self.pair, context)
-        tokens_BL, lengths_B = batch["tokens_BL"].numpy(), batch["mask_BL"].sum(-1).tolist()
-        target_BL = np.full(tokens_BL.shape, IGNORE)
-        ordinary = np.flatnonzero(~vocabulary.special_V)
-        for b, length in enumerate(lengths_B):
-            original_L = tokens_BL[b, :length].copy()
-            chosen = np.flatnonzero(choose_words(original_L, self.rate, vocabulary, rng, whole_words=False))
-            target_BL[b, chosen] = original_L[chosen]
-            draw = rng.random(len(chosen))
-            tokens_BL[b, chosen[draw < self.masked]] = vocabulary.mask
-            swapped = chosen[(draw >= self.masked) & (draw < self.masked + self.random)]
-            tokens_BL[b, swapped] = rng.choice(ordinary, len(swapped))
-        batch["target_BL"] = torch.from_numpy(target_BL)
+        batch |= hidden(batch, self.rate, self.masked, self.random, context, self.name)
         batch["relation_B"] = torch.tensor([self._number(example) for example in examples])
-        batch["weight"] = (batch["target_BL"] != IGNORE).sum()
         number = torch.tensor(len(examples))
         return batch | {"weight_relation": number, "weight_accuracy": number}
 
@@ -103,25 +87,13 @@ class RelationPrediction(Objective):
 
     def modules(self, model: nn.Module) -> nn.Module:
         """The relation's head."""
-        config = at(model, "config")
-        width = config.hidden_size
-        layers = nn.Linear(width, width), nn.Linear(width, len(self.relations))
-        for layer in layers:
-            nn.init.normal_(layer.weight, std=config.initializer_range)
-            nn.init.zeros_(layer.bias)
-        return nn.Sequential(layers[0], nn.Tanh(), layers[1])
+        return new_pooled(model, len(self.relations))
 
     def loss(self, model: nn.Module, batch: Batch, modules: nn.Module | None = None) -> Loss:
         """Both losses; parts `masked_lm`, `relation` and the share of relations that are right, `accuracy`."""
         assert modules is not None, "relation_prediction trains a head beside the model: see `modules`"
-        states_BLE: Tensor = base(model)(
-            input_ids=batch["tokens_BL"], attention_mask=batch["mask_BL"], **segments(at(model, "config"), batch)
-        ).last_hidden_state
-        path, (weight_VE, bias_V) = family(model).head_transform, head(model)
-        ready_BLE = states_BLE if path is None else at(model, path)(states_BLE)
-        masked, nll_BL = linear_cross_entropy(
-            ready_BLE, weight_VE, batch["target_BL"], bias_V=bias_V, targets=int(batch["weight"])
-        )
+        states_BLE = encoded(model, batch)
+        masked, nll_BL = masked_loss(model, states_BLE, batch)
         logits_BR = modules(states_BLE[:, 0]).float()
         relation = nn.functional.cross_entropy(logits_BR, batch["relation_B"])
         right = (logits_BR.detach().argmax(-1) == batch["relation_B"]).float().mean()

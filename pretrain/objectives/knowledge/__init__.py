@@ -1,0 +1,1 @@
+"""Encoders go on with what people know beside the text: concepts and how they are related, tags of words, facts."""
