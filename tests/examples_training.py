@@ -181,6 +181,7 @@ FIELDS: dict[str, Callable[[Material], dict[str, Any]]] = {
     "error_correction": lambda m: {"objective": "tagging", "rate": 5.0},
     "label_noise": lambda m: {"rate": 0.5},
     "dictionary_tags": lambda m: {"dictionary": str(m.prepared / "corpus"), "tag": "domain"},
+    "long_tail_entities": lambda m: {"triples": str(m.prepared / "corpus"), "head": "domain", "relation": None, "tail": "text"},
     "taxonomy_pairs": lambda m: {"concept": "label"},
     "reference_classifier": lambda m: {"positive": (str(m.prepared / "corpus"),)},
     "document_age": lambda m: {"date": "number"},

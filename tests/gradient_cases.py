@@ -331,6 +331,8 @@ def _examples() -> list[Example]:
             "tags": ["B-a" if place % 2 else "O" for place, _ in enumerate(text.split())],
             "messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "so" * (1 + number % 3)}],
             "pair": TEXTS[number - 1], "relation": ("random", "linked", "grouped")[number % 3],
+            "entity_start": [0, 3][: number % 3], "entity_end": [2, 6][: number % 3], "entity_sign": [-1, 1][: number % 3],
+            "entity_relation": ["is", "of"][: number % 3], "entity_other": ["a thing", "it"][: number % 3],
             "choices": ["it is so", "no" * (1 + number), text][: 2 + number % 2],
             "chosen": "it is so", "rejected": "no" * (1 + number),
         }, 0, number)

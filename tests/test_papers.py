@@ -934,3 +934,19 @@ def test_the_recipe_of_tags_and_order_has_both_beside_hidden_tokens(tmp_path, pa
     assert all(0 <= found[f"task_{name}"]["accuracy"] <= 1 for name in ("linguistic", "masked", "robust"))
     report = json.loads((tmp_path / "pages/corpus/corpus.json").read_text())["operations"][-1]
     assert report["dictionary"] == 349045 and set(report["entities"]) <= {"O", "nr", "nrt", "ns", "nt", "nz"}
+
+
+@pytest.mark.processes
+def test_the_recipe_of_facts_goes_on_with_and_without_them(tmp_path, package):
+    package(debian="wordnet-base")
+    few = "[{wordnet: usr/share/wordnet, parts: [verb], limit: 200, package: {debian: wordnet-base}}]"
+    trained = ("encoder", "knowing", "masked", "tuned_knowing", "tuned_masked")
+    verbs = "[{wordnet: usr/share/wordnet, parts: [verb], package: {debian: wordnet-base}}]"
+    settings = [
+        "general.sources=[{packages: [datasets], limit: 20}]", f"facts.sources={verbs}", f"subjects.sources={few}",
+        f"texts.sources={few}", f"plain.sources={few}", "words.vocab_size=512", *small("encoder"), *short(*trained),
+    ]  # fmt: skip
+    found = finite(engine.run(load(ROOT / "recipes/papers/dkplm.yaml", settings, tmp_path), say=lambda text: None))
+    assert all(0 <= found[f"task_{name}"]["accuracy"] <= 1 for name in ("knowing", "masked"))
+    (report,) = json.loads((tmp_path / "texts/corpus/corpus.json").read_text())["operations"]
+    assert 0 < report["chosen"] < report["mentions"] and 0 < report["long_tail"] < report["named"]

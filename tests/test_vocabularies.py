@@ -33,7 +33,7 @@ OTHERWISE = {
     ),
     "what the vocabulary is changed to": ("contextual_rows.tokenizer", "ofa.tokenizer", "vocabulary_expansion.tokenizer"),
     "a tokenizer that counts or parts texts, with no model beside": ("document_statistics.tokenizer", "exact_substring_deduplication.tokenizer"),
-    "documents": ("contextual_rows.corpus", "decontaminate.corpora", "label_words.pool", "llm2llm.pool", "min_k.members", "model_soup.corpus", "preselect.target", "dictionary_tags.dictionary", "reference_classifier.positive", "reference_classifier.negative", "simcore.target", "task.pool", "vocabulary_expansion.corpus"),
+    "documents": ("contextual_rows.corpus", "decontaminate.corpora", "label_words.pool", "llm2llm.pool", "long_tail_entities.triples", "min_k.members", "model_soup.corpus", "preselect.target", "dictionary_tags.dictionary", "reference_classifier.positive", "reference_classifier.negative", "simcore.target", "task.pool", "vocabulary_expansion.corpus"),
     "files without tokens": ("entigraph.prompts", "error_correction.rules", "grammatical_errors.rules", "harness.folder", "homer.bias", "llm2llm.prompts", "ofa.vectors", "prox.prompts", "softmax_cascade.calibration", "source_language.embeddings", "spin.prompts", "transform_llm.prompts", "wrap.prompts"),
 }  # fmt: skip
 

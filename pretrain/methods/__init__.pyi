@@ -24,6 +24,7 @@ from pretrain.data.rewriting.clear import Clear as Clear
 from pretrain.data.rewriting.dictionary_tags import DictionaryTags as DictionaryTags
 from pretrain.data.rewriting.grammatical_errors import GrammaticalErrors as GrammaticalErrors
 from pretrain.data.rewriting.label_noise import LabelNoise as LabelNoise
+from pretrain.data.rewriting.long_tail_entities import LongTailEntities as LongTailEntities
 from pretrain.data.rewriting.mask_pii import MaskPii as MaskPii
 from pretrain.data.rewriting.prompt_template import PromptTemplate as PromptTemplate
 from pretrain.data.rewriting.prox import Prox as Prox
@@ -94,6 +95,7 @@ from pretrain.objectives.efficiency.cache_augmentation import CacheAugmentation 
 from pretrain.objectives.efficiency.deft import Deft as Deft
 from pretrain.objectives.efficiency.flexi_depth_lm import FlexiDepthLM as FlexiDepthLM
 from pretrain.objectives.generic.native import Native as Native
+from pretrain.objectives.knowledge.dkplm import DKPLM as DKPLM
 from pretrain.objectives.knowledge.linguistic_mlm import LinguisticMLM as LinguisticMLM
 from pretrain.objectives.knowledge.relation_prediction import RelationPrediction as RelationPrediction
 from pretrain.objectives.labelled.chat import Chat as Chat
