@@ -16,7 +16,7 @@ from pretrain.core.encoding import Encoder
 from pretrain.core.errors import PretrainError
 from pretrain.core.models.families import embeddings
 from pretrain.data._work import working
-from pretrain.data.rewriting.long_tail_entities import LongTailEntities, named
+from pretrain.data.rewriting.long_tail_entities import LongTailEntities, named, names_of, surface
 from pretrain.objectives.knowledge._masked import encoded, masked_loss
 from pretrain.objectives.knowledge.dkplm import COLUMNS, DKPLM
 
@@ -143,6 +143,14 @@ def test_facts_are_seen_from_both_of_their_ends_and_names_found_the_longest_firs
     assert [(name, text[start:end]) for name, start, end in named(text, facts | {"fox": []}, 2)] == [
         ("brown fox", "Brown  fox"), ("dog", "DOG"),
     ]  # fmt: skip
+
+
+def test_names_may_have_signs_and_scripts_no_spaces():
+    facts = {surface(name): [] for name in ("St. Louis", "U.S.", "C", "北京大学", "北京", "fox sees")}
+    text = "In st.  Louis, U.S. C++: 在北京大学和北京。 A fox. Sees"
+    spans = [text[start:end] for _, start, end in named(text, facts, 4)]
+    assert spans == ["st.  Louis", "U.S", "C", "北京大学", "北京"]
+    assert surface(" -- ") == "" and names_of([" -- ", "a  b"]) == ["a b"]
 
 
 def test_what_is_rare_in_text_and_rich_in_facts_is_chosen(tmp_path):

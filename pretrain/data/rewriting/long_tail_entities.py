@@ -28,7 +28,9 @@ START, END, SIGN = "entity_start", "entity_end", "entity_sign"  # the columns th
 RELATION, OTHER = "entity_relation", "entity_other"  # and of texts
 HEAD, TAIL = -1, 1  # of h + r = t: the head is t - r, the tail h + r
 SPLITS = ("train", "validation", "test")
-_WORD = regex.compile(r"[\p{L}\p{N}\p{M}]+(?:['’-][\p{L}\p{N}\p{M}]+)*")
+_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"  # a character is a word
+_LETTER = rf"[\p{{L}}\p{{N}}\p{{M}}--[{_UNSPACED}]]"
+_WORD = regex.compile(rf"[{_UNSPACED}]|{_LETTER}+(?:['’-]{_LETTER}+)*", regex.V1)
 
 
 class Fact(NamedTuple):
@@ -47,7 +49,8 @@ class LongTailEntities(DataOperation):
     of `triples`, a data stage: the columns `head`, `relation` (none: the relation is called as the column `tail`) and
     `tail`, texts, or lists of names of the same thing. Where `concept` names a column, `tail` refers to the document
     that has this value there, and its `head` names the tail. An entity is found wherever one of its names stands, in
-    any case, the longest first; words end where letters and digits do. Its weight in the document is
+    any case, the longest first; words end where letters and digits do, and after each character of a script that has
+    no spaces between words. Its weight in the document is
 
         KLT(e) = [Freq(e) < mean frequency] · KC(e)
 
@@ -75,7 +78,7 @@ class LongTailEntities(DataOperation):
 
         check_text(self.name, corpus)
         facts, texts = self.facts(), [text or "" for text in corpus["text"][:]]
-        longest = max((name.count(" ") + 1 for name in facts), default=0)
+        longest = max((len(_WORD.findall(name)) for name in facts), default=0)
         mentions = [[*named(text, facts, longest)] for text in texts]
         frequency = Counter(name for each in mentions for name, _, _ in each)
         mean = frequency.total() / max(1, len(frequency))
@@ -102,7 +105,7 @@ class LongTailEntities(DataOperation):
         return made
 
     def facts(self) -> dict[str, list[Fact]]:
-        """The facts of each name, in lower case."""
+        """The facts of each name, as `surface` has it."""
         documents = [*self._documents()]
         by_concept = {str(row[self.concept]): row[self.head] for row in documents if self.concept}
         facts = defaultdict[str, list[Fact]](list)
@@ -113,9 +116,9 @@ class LongTailEntities(DataOperation):
                 continue
             relation = self.tail if self.relation is None else str(row[self.relation])
             for name in heads:
-                facts[name.lower()].append(Fact(HEAD, relation, tails[0]))
+                facts[surface(name)].append(Fact(HEAD, relation, tails[0]))
             for name in tails:
-                facts[name.lower()].append(Fact(TAIL, relation, heads[0]))
+                facts[surface(name)].append(Fact(TAIL, relation, heads[0]))
         return dict(facts)
 
     def _documents(self) -> Iterator[Mapping[str, object]]:
@@ -135,16 +138,24 @@ class LongTailEntities(DataOperation):
 def names_of(value: object) -> list[str]:
     """A text, or the texts of a list, as names; blanks are single."""
     values = value if isinstance(value, list | tuple) else [] if value is None else [value]
-    return [" ".join(str(each).split()) for each in values if str(each).strip()]
+    return [" ".join(str(each).split()) for each in values if _WORD.search(str(each))]
+
+
+def surface(text: str) -> str:
+    """What is compared of a name: from its first word to its last, in lower case, with single blanks."""
+    spans = [match.span() for match in _WORD.finditer(text)]
+    return " ".join(text[spans[0][0] : spans[-1][1]].lower().split()) if spans else ""
 
 
 def named(text: str, facts: Mapping[str, Sequence[Fact]], longest: int) -> Iterator[tuple[str, int, int]]:
     """The names of `facts` that stand in a text, from the left and the longest first, and where they begin and end."""
-    spans = [match.span() for match in _WORD.finditer(text)]
-    lower, place = [text[start:end].lower() for start, end in spans], 0
+    spans, place = [match.span() for match in _WORD.finditer(text)], 0
     while place < len(spans):
-        sizes = range(min(longest, len(spans) - place), 0, -1)
-        size = next((size for size in sizes if " ".join(lower[place : place + size]) in facts), 0)
-        if size:
-            yield " ".join(lower[place : place + size]), spans[place][0], spans[place + size - 1][1]
+        start, size = spans[place][0], 0
+        for more in range(min(longest, len(spans) - place), 0, -1):
+            name = " ".join(text[start : spans[place + more - 1][1]].lower().split())
+            if name in facts:
+                size = more
+                yield name, start, spans[place + more - 1][1]
+                break
         place += max(1, size)
