@@ -50,6 +50,7 @@ class DictionaryTags(DataOperation):
 
     computes: ClassVar[bool] = False
     adds: ClassVar[tuple[str, ...]] = (WORDS, TAGS, ENTITIES)
+    speed: ClassVar[float] = 0.6e6
 
     dictionary: Ref
     word: str = "text"

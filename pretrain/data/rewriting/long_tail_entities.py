@@ -63,6 +63,7 @@ class LongTailEntities(DataOperation):
 
     computes: ClassVar[bool] = False
     adds: ClassVar[tuple[str, ...]] = (START, END, SIGN, RELATION, OTHER)
+    speed: ClassVar[float] = 0.4e6
 
     triples: Ref
     head: str = "head"
