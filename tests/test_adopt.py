@@ -345,7 +345,7 @@ def test_a_comment_retrains_nothing_and_other_arithmetic_never_passes_in_silence
     shutil.copytree(PACKAGE, tmp_path / "pretrain", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(finished / "run", tmp_path / "run", symlinks=True)
     loop = tmp_path / "pretrain" / "training" / "loop.py"
-    helper = tmp_path / "pretrain" / "objectives" / "language" / "_masking.py"
+    helper = tmp_path / "pretrain" / "objectives" / "_masking.py"
     command = [sys.executable, "-m", "pretrain", "run", str(finished / "small.yaml"), "--output", str(tmp_path / "run")]
 
     def run(*more):
